@@ -1,0 +1,141 @@
+"""Attention: queries, keys and values, what is done to them, and who sees whom.
+
+Shapes: B batch, T queries, S keys, H heads, K KV heads, G = H / K heads that share one, D head dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oneblock import spec as s
+from oneblock.model import flex
+from oneblock.model.norm import Norm, l2_norm
+from oneblock.model.rope import rotate
+from oneblock.model.step import Step
+
+BLOCK = 256  # queries at a time where a mask or the scores are written out: memory stays linear in the text
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: s.Attention, dim: int, norm: s.Norm):
+        super().__init__()
+        self.spec, self.eps = spec, norm.eps
+        q_dim, kv_dim = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        self.wq = nn.Linear(dim, q_dim, bias=spec.bias[0])
+        self.wk = nn.Linear(dim, kv_dim, bias=spec.bias[0])
+        self.wv = nn.Linear(dim, kv_dim, bias=spec.bias[0])
+        self.wo = nn.Linear(q_dim, dim, bias=spec.bias[1])
+        sizes = {"head": (spec.head_dim, spec.head_dim), "full": (q_dim, kv_dim)}.get(spec.qk_norm or "")
+        self.q_norm, self.k_norm = (Norm(norm, n) for n in sizes) if sizes else (nn.Identity(), nn.Identity())
+        self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
+
+    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        a = self.spec
+        source = step.image if a.cross else x
+        assert source is not None, "the decoder skips cross-attention where there is no image"
+        q, k, v = self.wq(x), self.wk(source), self.wv(source)
+        if a.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
+        if a.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if a.rope:
+            cos, sin = step.rotary(a.rope, a.head_dim, q.dtype)
+            q, k = rotate(q, cos, sin, a.rope.interleaved), rotate(k, cos, sin, a.rope.interleaved)
+        if a.qk_norm == "l2":
+            q, k = l2_norm(q, self.eps), l2_norm(k, self.eps)
+        if a.tempering:
+            q = q * temperature(step.positions, *a.tempering).type_as(q)
+        if step.cache is not None and not a.cross:
+            k, v = step.cache.update(layer, k, v)
+        y = attend(q, k, v, a, step, layer, self.sinks)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+def temperature(positions: Tensor, floor: float, slope: float) -> Tensor:
+    """Llama 4's sharpening of queries far into a text: (B, T) -> (B, 1, T, 1)."""
+    steps = torch.floor((positions.float() + 1.0) / floor)
+    return (1 + slope * torch.log1p(steps.clamp(min=0)))[:, None, :, None]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None
+) -> Tensor:
+    """Attention of q (B, H, T, D) over k, v (B, K, S, D): torch's fused path wherever it applies."""
+    sees = step.sees(a, k.shape[2])
+    written_out = a.softcap is not None or sinks is not None
+    if flex.applies(q, step) and (sees == "mask" or written_out):
+        return flex.attend(q, k, v, a, step, layer, sinks)
+    if written_out or sees == "mask":
+        return _by_blocks(q, k, v, a, step, layer, sinks)
+    return _fused(q, k, v, a, step, causal=sees == "causal")
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    scale = a.scale or a.head_dim**-0.5
+    groups, dropout = q.shape[1] // k.shape[1], step.dropout.attn
+    if q.shape[2] == 1 and groups > 1 and not causal:
+        # One query: the heads of a group become its rows, since CPUs read each key once that way (10x in bf16).
+        q = q.view(q.shape[0], k.shape[1], groups, -1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        return y.reshape(y.shape[0], -1, 1, y.shape[-1])
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None
+) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    block = queries if torch.compiler.is_compiling() else BLOCK
+    parts = []
+    for start in range(0, queries, max(block, 1)) if queries > block else (0,):
+        rows = slice(start, min(start + block, queries))
+        cols = _columns(a, step, rows, queries, keys)
+        mask = None if a.cross else step.mask(a, layer, rows, cols)
+        part = q[:, :, rows], k[:, :, cols], v[:, :, cols]
+        if a.softcap is None and sinks is None:
+            parts.append(_fused(*part, a, step, mask))
+        else:
+            parts.append(_written_out(*part, a, step, mask, sinks))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _columns(a: s.Attention, step: Step, rows: slice, queries: int, keys: int) -> slice:
+    """The keys that a block of queries can see, where the shapes alone tell."""
+    if not step.ordered or queries != keys or queries <= BLOCK or torch.compiler.is_compiling():
+        return slice(0, keys)
+    first = max(0, rows.start - a.window + 1) if a.window else 0
+    if a.chunk:
+        first = max(first, rows.start // a.chunk * a.chunk)
+    return slice(first, rows.stop)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention with its scores in the open, for what the fused kernels cannot do: soft caps and sinks."""
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, T, D)
+    scores = q @ k[:, :, None].transpose(-1, -2) * (a.scale or a.head_dim**-0.5)
+    scores = softcap(scores.float(), a.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], -math.inf)
+    if sinks is not None:
+        sink = sinks.float().view(k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = F.dropout(weights, step.dropout.attn) if step.dropout.attn else weights
+    return (weights.type_as(v) @ v[:, :, None]).flatten(1, 2)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """Squash into (-cap, cap): Gemma 2."""
+    return x if cap is None else cap * torch.tanh(x / cap)

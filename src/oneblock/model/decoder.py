@@ -1,0 +1,158 @@
+"""The one block, and the decoder that stacks it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oneblock import spec as s
+from oneblock.errors import OneblockError
+from oneblock.model.attention import Attention, softcap
+from oneblock.model.mlp import Mlp, Moe
+from oneblock.model.norm import Norm
+from oneblock.model.rope import sinusoids
+from oneblock.model.step import Cache, Dropout, Step
+
+
+class Block(nn.Module):
+    """Two sublayers joined to the residual stream. Where the norms go:
+
+    pre           x + f(norm(x))                      GPT-2, Llama, Mistral, Qwen
+    post          norm(x + f(x))                      GPT-1
+    sandwich      x + norm(f(norm(x)))                Gemma 2 and 3
+    output        x + norm(f(x))                      OLMo 2
+    parallel      x + attn(norm(x)) + mlp(norm(x))    Phi-1 and 2, Cohere: one norm for both
+    parallel_two  x + attn(norm(x)) + mlp(norm'(x))   GPT-NeoX
+    """
+
+    def __init__(self, spec: s.Layer, dim: int, norm: s.Norm):
+        super().__init__()
+        self.residual = spec.residual
+        self.attn = Attention(spec.attn, dim, norm)
+        self.mlp = Moe(spec.mlp, dim) if isinstance(spec.mlp, s.Moe) else Mlp(spec.mlp, dim)
+
+        def norm_if(*residuals: str) -> nn.Module:
+            return Norm(norm, dim) if spec.residual in residuals else nn.Identity()
+
+        self.attn_in = norm_if("pre", "sandwich", "parallel", "parallel_two")
+        self.attn_out = norm_if("post", "sandwich", "output")
+        self.mlp_in = norm_if("pre", "sandwich", "parallel_two")
+        self.mlp_out = norm_if("post", "sandwich", "output")
+        self.attn_gate = nn.Parameter(torch.zeros(1)) if spec.gated else None
+        self.mlp_gate = nn.Parameter(torch.zeros(1)) if spec.gated else None
+
+    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        drop = step.dropout
+
+        def attn(x: Tensor) -> Tensor:
+            return dropped(self.attn(x, step, layer), drop.residual)
+
+        def mlp(x: Tensor) -> Tensor:
+            return dropped(self.mlp(x, drop.mlp), drop.residual)
+
+        if self.residual == "post":
+            x = self.attn_out(x + attn(x))
+            return self.mlp_out(x + mlp(x))
+        if self.residual in ("parallel", "parallel_two"):
+            h = self.attn_in(x)
+            return x + attn(h) + mlp(h if self.residual == "parallel" else self.mlp_in(x))
+        x = x + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
+        return x + gated(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
+
+
+class Decoder(nn.Module):
+    """Token ids to logits. Everything a model of the lineage does differently is in its spec."""
+
+    def __init__(self, spec: s.Spec):
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab + spec.embed_extra, spec.dim)
+        learned = spec.positions is not None and spec.positions.kind == "learned"
+        self.positions = nn.Embedding(spec.positions.length + spec.positions.offset, spec.dim) if learned else None
+        self.blocks = nn.ModuleList(Block(layer, spec.dim, spec.norm) for layer in spec.layers)
+        self.norm = Norm(spec.norm, spec.dim) if spec.final_norm else nn.Identity()
+        self.head = nn.Linear(spec.dim, spec.vocab, bias=spec.head_bias)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the output matrix the input embedding, where the spec says so."""
+        if self.spec.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        image: Tensor | None = None,
+        documents: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab) of ids (B, T).
+
+        `positions` (B or 1, T) default to counting on from the cache; negative ones are padding that nobody sees.
+        `image` (B, S, dim) is what cross-attention layers read; without it they are skipped, as in text-only use.
+        `documents` (B, T) keeps attention inside each document of a packed row.
+        """
+        x = self.hidden(ids, positions=positions, cache=cache, image=image, documents=documents, dropout=dropout)
+        return self.logits(x)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        image: Tensor | None = None,
+        documents: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """The stream after the last norm, (B, T, dim): `forward` without the product with the vocabulary."""
+        start = 0 if cache is None else cache.length
+        ordered = positions is None and documents is None and not (cache is not None and cache.padded)
+        if positions is None:
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+            self._check_length(start + ids.shape[1])
+        if cache is not None:
+            cache.begin(positions)
+        step = Step(positions, ordered, start, cache, image, documents, dropout or Dropout())
+        x = dropped(self.embedded(ids, positions), step.dropout.embed)
+        for layer, block in enumerate(self.blocks):
+            if image is None and self.spec.layers[layer].attn.cross:
+                continue
+            x = block(x, step, layer)
+        if cache is not None:
+            cache.end()
+        return self.norm(x)
+
+    def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first block: (B, T) -> (B, T, dim)."""
+        x = self.embed(ids)
+        if self.spec.embed_scale != 1.0:  # Gemma rounds the scale to the dtype of the weights
+            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
+        table = self.spec.positions
+        if self.positions is not None and table is not None:
+            return x + self.positions(positions.clamp(min=0) + table.offset)
+        return x if table is None else x + sinusoids(positions, self.spec.dim).type_as(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., dim) -> (..., vocab)."""
+        y = self.head(hidden)
+        y = y * self.spec.logit_scale if self.spec.logit_scale != 1.0 else y
+        return softcap(y, self.spec.logit_softcap)
+
+    def _check_length(self, length: int) -> None:
+        if self.spec.positions is not None and length > self.spec.positions.length:
+            raise OneblockError(
+                f"{length} tokens are over the model's {self.spec.positions.length} learned positions: shorten the text"
+            )
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, p) if p else x
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else gate.tanh() * x

@@ -1,0 +1,33 @@
+"""Weights to begin training with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from oneblock.model.decoder import Decoder
+from oneblock.model.mlp import Experts
+from oneblock.model.norm import Norm
+
+STD = 0.02  # GPT-2's
+
+
+@torch.no_grad()
+def init_weights(model: Decoder, seed: int) -> None:
+    """GPT-2's start: normal weights, those that write to the stream smaller by sqrt(2 x layers), gains at one.
+
+    The same seed gives the same weights on every device: they are drawn on the CPU in fp32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    into_stream = STD * (2 * model.spec.n_layers) ** -0.5
+    for name, module in model.named_modules():
+        if isinstance(module, Norm):
+            module.weight.fill_(1.0 - module.spec.offset)
+        for key, p in module.named_parameters(recurse=False):
+            if isinstance(module, Norm) and key == "weight":
+                continue
+            if isinstance(module, (nn.Linear, nn.Embedding, Experts)) and p.dim() > 1 and not key.endswith("bias"):
+                last = name.endswith((".wo", ".down")) or (isinstance(module, Experts) and key == "down")
+                p.copy_(torch.empty(p.shape).normal_(0.0, into_stream if last else STD, generator=generator))
+            else:
+                p.zero_()

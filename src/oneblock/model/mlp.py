@@ -1,0 +1,131 @@
+"""The feed-forward sublayer, dense or a mixture of experts.
+
+Shapes: N tokens, E experts, k experts a token goes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oneblock import spec as s
+
+ACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def activate(spec: s.Mlp, up: Tensor, gate: Tensor | None) -> Tensor:
+    """What lies between the first products and the last: act(up), or act(gate) * up."""
+    if gate is None:
+        return ACT[spec.act](up)
+    if spec.limit is not None:
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    return ACT[spec.act](gate) * (up + spec.up_offset if spec.up_offset else up)
+
+
+class Mlp(nn.Module):
+    def __init__(self, spec: s.Mlp, dim: int):
+        super().__init__()
+        self.spec = spec
+        self.gate = nn.Linear(dim, spec.hidden, bias=spec.bias) if spec.gated else None
+        self.up = nn.Linear(dim, spec.hidden, bias=spec.bias)
+        self.down = nn.Linear(spec.hidden, dim, bias=spec.bias)
+
+    def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
+        h = activate(self.spec, self.up(x), None if self.gate is None else self.gate(x))
+        return self.down(F.dropout(h, dropout) if dropout else h)
+
+
+class Experts(nn.Module):
+    """E feed-forwards of one shape, their weights stacked in the (out, in) order of nn.Linear."""
+
+    def __init__(self, spec: s.Mlp, n_experts: int, dim: int):
+        super().__init__()
+        self.spec, self.n_experts = spec, n_experts
+
+        def weight(n_out: int, n_in: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(n_experts, n_out, n_in).normal_(std=n_in**-0.5))
+
+        def bias(n_out: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(n_experts, n_out)) if spec.bias else None
+
+        self.gate = weight(spec.hidden, dim) if spec.gated else None
+        self.up, self.down = weight(spec.hidden, dim), weight(dim, spec.hidden)
+        self.gate_bias = bias(spec.hidden) if spec.gated else None
+        self.up_bias, self.down_bias = bias(spec.hidden), bias(dim)
+
+    def forward(self, x: Tensor, expert: Tensor, dropout: float = 0.0) -> Tensor:
+        """Each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""
+        ids = torch.arange(self.n_experts, device=x.device, dtype=expert.dtype)
+        ends = torch.searchsorted(expert, ids, right=True).to(torch.int32)
+        product = grouped_product if groupable(x, self.up, self.down) else looped_product
+
+        def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = product(h, weight.type_as(h), ends)
+            return y if bias is None else y + bias[expert].type_as(y)
+
+        gate = None if self.gate is None else linear(x, self.gate, self.gate_bias)
+        h = activate(self.spec, linear(x, self.up, self.up_bias), gate)
+        return linear(F.dropout(h, dropout) if dropout else h, self.down, self.down_bias)
+
+
+def groupable(x: Tensor, *weights: Tensor) -> bool:
+    """torch's grouped product wants rows that are a multiple of 16 bytes, and on GPUs bf16."""
+    aligned = all(size * x.element_size() % 16 == 0 for w in weights for size in w.shape[1:])
+    return hasattr(F, "grouped_mm") and aligned and (x.device.type == "cpu" or x.dtype == torch.bfloat16)
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows up to ends[0] times weight[0].T, the next up to ends[1] times weight[1].T, and so on."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def looped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The same, expert by expert: the reference."""
+    bounds = [0, *ends.tolist()]
+    return torch.cat([F.linear(x[i:j], w) for i, j, w in zip(bounds, bounds[1:], weight, strict=False)])
+
+
+class Moe(nn.Module):
+    """Each token goes to its top-k experts; their answers are weighed and added (arXiv:1701.06538)."""
+
+    def __init__(self, spec: s.Moe, dim: int):
+        super().__init__()
+        self.spec = spec
+        self.router = nn.Linear(dim, spec.n_experts, bias=spec.router_bias)
+        self.experts = Experts(spec.expert, spec.n_experts, dim)
+        self.shared = Mlp(spec.shared, dim) if spec.shared else None
+        self.shared_gate = nn.Linear(dim, 1, bias=False) if spec.shared_gate else None
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight (fp32) and the index of each token's top experts: (N, k) each."""
+        logits = self.router(x).float()
+        scores = logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
+        weight, index = scores.topk(self.spec.top_k, -1)
+        return (weight / weight.sum(-1, keepdim=True) if self.spec.renormalize else weight), index
+
+    def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
+        shape, x = x.shape, x.flatten(0, -2)  # (N, dim)
+        out = self.routed(x, dropout)
+        if self.shared is not None:
+            y = self.shared(x, dropout)
+            out = out + (y if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * y)
+        return out.view(shape)
+
+    def routed(self, x: Tensor, dropout: float) -> Tensor:
+        weight, index = self.route(x)
+        expert, order = index.flatten().sort(stable=True)
+        weight = weight.flatten()[order, None].type_as(x)
+        rows = x[order // self.spec.top_k]
+        y = self.experts(rows * weight, expert, dropout) if self.spec.weigh_input else weight * self.experts(rows, expert, dropout)
+        back = order.argsort()  # summing in the token's own order keeps the result the same from run to run
+        return y[back].view(-1, self.spec.top_k, y.shape[-1]).sum(1)
