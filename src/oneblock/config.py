@@ -1,0 +1,201 @@
+"""Dataclasses as flags and as TOML: one class is the flags of a command, its file and the record of its run.
+
+A field of a nested dataclass is a flag without prefix (`--lr`) and a key of its own table in TOML (`[optim]`, `lr = 1`).
+A class with a field `config: Path | None` can be read from a file: `--config run.toml`, which other flags override.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import re
+import sys
+import tomllib
+import types
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from oneblock.errors import OneblockError
+
+T = TypeVar("T")
+FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint to append to an error: `: did you mean x?`, or nothing when no name is near."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f": did you mean {found[0]}?" if found else ""
+
+
+def hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def plain(hint: Any) -> Any:
+    """The type without its `Annotated` wrapping."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+# ------------------------------------------------------------------ flags
+
+
+def flags(cls: type) -> list[str]:
+    """Every flag of the class, nested classes included: `--lr`, and `--compile --no-compile` for a bool."""
+    found: list[str] = []
+    for name, hint in hints(cls).items():
+        if is_dataclass(plain(hint)):
+            found += flags(plain(hint))
+            continue
+        notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        names = [next((n.name for n in notes if getattr(n, "name", None)), name)]
+        names += [alias for n in notes for alias in getattr(n, "aliases", None) or () if alias.startswith("--")]
+        for flag in (n.lstrip("-").replace("_", "-") for n in names):
+            found += [f"--{flag}", f"--no-{flag}"] if plain(hint) is bool else [f"--{flag}"]
+    return found
+
+
+def refuse(prog: str, message: str) -> SystemExit:
+    print(f"error: {message} ({prog} --help lists the flags)", file=sys.stderr)
+    return SystemExit(2)
+
+
+def check_flags(cls: type, argv: Sequence[str], prog: str) -> None:
+    known = [*flags(cls), "--help"]
+    for token in argv:
+        if not FLAG.fullmatch(token):
+            continue
+        flag = token.partition("=")[0].replace("_", "-")
+        if flag not in known:
+            raise refuse(prog, f"unknown flag {flag}{nearest(flag, known)}")
+
+
+def config_path(cls: type, argv: Sequence[str]) -> Path | None:
+    if "config" not in hints(cls):
+        return None
+    for token, after in zip(argv, [*argv[1:], ""], strict=True):
+        if token == "--config":
+            return Path(after)
+        if token.startswith("--config="):
+            return Path(token.partition("=")[2])
+    return None
+
+
+def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
+    """The options in `argv`. Wrong usage ends the program with one line and exit code 2."""
+    import tyro
+
+    check_flags(cls, argv, prog)
+    path = config_path(cls, argv)
+    call = partial(tyro.cli, cls, prog=prog, args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return call() if path is None else call(default=load_toml(cls, path))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise refuse(prog, one_line(errors.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """What a boxed error of the parser says, without the box, up to its first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("───") or line.startswith("╰")), len(lines))
+    return " ".join(" ".join(lines[:rule]).split())
+
+
+# ------------------------------------------------------------------ TOML
+
+
+def to_toml(obj: Any) -> str:
+    """A dataclass as TOML: absent (`None`) fields are left out, nested classes are tables."""
+    if not is_dataclass(obj) or isinstance(obj, type):
+        raise TypeError("to_toml takes an instance of a dataclass")
+    return "\n".join(table(obj, "")) + "\n"
+
+
+def table(obj: Any, name: str) -> list[str]:
+    values = {f.name: getattr(obj, f.name) for f in fields(obj)}
+    lines = ["", f"[{name}]"] if name else []
+    lines += [f"{k} = {literal(v)}" for k, v in values.items() if v is not None and not is_dataclass(v)]
+    for key, value in values.items():
+        if is_dataclass(value):
+            lines += table(value, f"{name}.{key}" if name else key)
+    return lines
+
+
+def literal(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case str() | Path():
+            return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        case tuple() | list():
+            return "[" + ", ".join(map(literal, value)) + "]"
+    raise TypeError(f"no TOML form for {type(value).__name__}")
+
+
+def load_toml(cls: type[T], path: str | Path) -> T:
+    """The class from a TOML file; fields the file leaves out keep their defaults."""
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise OneblockError(f"cannot read the configuration {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise OneblockError(f"{path} is not valid TOML: {e}") from None
+    return build(cls, data, str(path))
+
+
+def build(cls: type[T], data: dict[str, Any], where: str) -> T:
+    known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    for key in data:
+        if key not in known:
+            raise OneblockError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+    types_ = hints(cls)
+    for key, field in known.items():
+        if key not in data and required(field):
+            raise OneblockError(f"{where}: the key {key!r} is missing")
+    return cls(**{key: convert(plain(types_[key]), value, f"{where}: {key}") for key, value in data.items()})
+
+
+def required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """A TOML value as the type a field asks for; no value is silently changed into another."""
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return build(hint, value, where)
+    if origin in (Union, types.UnionType):
+        return convert_any([a for a in args if a is not type(None)], value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        inner = [args[0]] * len(value) if args[-1] is ... else list(args)
+        if len(inner) == len(value):
+            return tuple(convert(h, v, where) for h, v in zip(inner, value, strict=True))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    wanted = " or ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise OneblockError(f"{where} is {value!r}, but it must be {wanted}")
+
+
+def convert_any(choices: list[Any], value: Any, where: str) -> Any:
+    for choice in choices[:-1]:
+        try:
+            return convert(choice, value, where)
+        except OneblockError:
+            continue
+    return convert(choices[-1], value, where)
