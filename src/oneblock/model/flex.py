@@ -33,7 +33,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None, compiled: bool = True
 ) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     kernel, blocks = _kernels() if compiled else (flex_attention, create_block_mask)
     keys = step.key_positions(layer)
@@ -54,10 +54,10 @@ def attend(
     def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return a.softcap * torch.tanh(score / a.softcap)
 
-    y, lse = kernel(
+    y, aux = kernel(
         q, k, v, score_mod=cap if a.softcap is not None else None, block_mask=block_mask,
-        scale=a.scale or a.head_dim**-0.5, enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
+        scale=a.scale or a.head_dim**-0.5, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     if sinks is None:
         return y
-    return y * torch.sigmoid(lse - sinks.float()[:, None])[..., None].type_as(y)  # one more term in the softmax's sum
+    return y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].type_as(y)  # one more term in the softmax's sum

@@ -5,7 +5,8 @@ Shapes: N tokens, E experts, k experts a token goes to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,10 @@ class Experts(nn.Module):
 
 
 def groupable(x: Tensor, *weights: Tensor) -> bool:
-    """torch's grouped product wants rows that are a multiple of 16 bytes, and on GPUs bf16."""
+    """torch's grouped product wants rows that are a multiple of 16 bytes, and where it is compiled or on GPUs bf16."""
     aligned = all(size * x.element_size() % 16 == 0 for w in weights for size in w.shape[1:])
-    return hasattr(F, "grouped_mm") and aligned and (x.device.type == "cpu" or x.dtype == torch.bfloat16)
+    any_dtype = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return hasattr(F, "grouped_mm") and aligned and (any_dtype or x.dtype == torch.bfloat16)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -89,10 +91,40 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
+@torch.library.custom_op("oneblock::looped_product", mutates_args=())
 def looped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same, expert by expert: the reference."""
-    bounds = [0, *ends.tolist()]
-    return torch.cat([F.linear(x[i:j], w) for i, j, w in zip(bounds, bounds[1:], weight, strict=False)])
+    """The same, expert by expert: the reference. An operator of its own, since a graph cannot hold sizes it reads."""
+    return torch.cat([F.linear(x[i:j], w) for i, j, w in _groups(ends, weight)])
+
+
+@looped_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _looped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, ends = ctx.saved_tensors
+    return looped_product(grad, weight.transpose(1, 2), ends), _outer_products(grad, x, ends), None
+
+
+@torch.library.custom_op("oneblock::outer_products", mutates_args=())
+def _outer_products(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return torch.stack([grad[i:j].T @ x[i:j] for i, j, _ in _groups(ends, ends)])
+
+
+@_outer_products.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+looped_product.register_autograd(
+    _looped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def _groups(ends: Tensor, each: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    bounds = ends.tolist()
+    return zip([0, *bounds], bounds, each, strict=False)
 
 
 class Moe(nn.Module):
