@@ -101,7 +101,8 @@ class Attention:
     window: int | None = None  # see this many tokens, oneself included
     chunk: int | None = None  # see only tokens of the same chunk
     bias: tuple[bool, bool] = (False, False)  # on q, k, v; on the output
-    qk_norm: Literal["head", "full", "l2"] | None = None  # per head or whole (before the rotation); l2: after it, no gain
+    # "head" and "full" (all heads as one vector): before the rotation; "l2": after it, without a gain
+    qk_norm: Literal["head", "full", "l2"] | None = None
     scale: float | None = None  # None: head_dim ** -0.5
     softcap: float | None = None
     tempering: tuple[float, float] | None = None  # (floor, slope): longer contexts get sharper queries (Llama 4)
