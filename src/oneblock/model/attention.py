@@ -29,23 +29,34 @@ class Attention(nn.Module):
         self.wk = nn.Linear(dim, kv_dim, bias=spec.bias[0])
         self.wv = nn.Linear(dim, kv_dim, bias=spec.bias[0])
         self.wo = nn.Linear(q_dim, dim, bias=spec.bias[1])
-        sizes = {"head": (spec.head_dim, spec.head_dim), "full": (q_dim, kv_dim)}.get(spec.qk_norm or "")
-        self.q_norm, self.k_norm = (Norm(norm, n) for n in sizes) if sizes else (nn.Identity(), nn.Identity())
+        sizes = {"head": (spec.head_dim, spec.head_dim), "full": (q_dim, kv_dim)}.get(
+            spec.qk_norm or ""
+        )
+        self.q_norm, self.k_norm = (
+            (Norm(norm, n) for n in sizes) if sizes else (nn.Identity(), nn.Identity())
+        )
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         a = self.spec
         source = step.image if a.cross else x
-        assert source is not None, "the decoder skips cross-attention where there is no image"
+        assert source is not None, (
+            "the decoder skips cross-attention where there is no image"
+        )
         q, k, v = self.wq(x), self.wk(source), self.wv(source)
         if a.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
+        q, k, v = (
+            y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for y in (q, k, v)
+        )  # (B, H or K, T, D)
         if a.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if a.rope:
             cos, sin = step.rotary(a.rope, a.head_dim, q.dtype)
-            q, k = rotate(q, cos, sin, a.rope.interleaved), rotate(k, cos, sin, a.rope.interleaved)
+            q, k = (
+                rotate(q, cos, sin, a.rope.interleaved),
+                rotate(k, cos, sin, a.rope.interleaved),
+            )
         if a.qk_norm == "l2":
             q, k = l2_norm(q, self.eps), l2_norm(k, self.eps)
         if a.tempering:
@@ -63,7 +74,13 @@ def temperature(positions: Tensor, floor: float, slope: float) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: s.Attention,
+    step: Step,
+    layer: int,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): torch's fused path wherever it applies."""
     sees = step.sees(a, k.shape[2])
@@ -76,7 +93,13 @@ def attend(
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: s.Attention,
+    step: Step,
+    mask: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     scale = a.scale or a.head_dim**-0.5
     groups, dropout = q.shape[1] // k.shape[1], step.dropout.attn
@@ -91,7 +114,13 @@ def _fused(
 
 
 def _by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: s.Attention,
+    step: Step,
+    layer: int,
+    sinks: Tensor | None,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     block = queries if torch.compiler.is_compiling() else BLOCK
@@ -110,7 +139,12 @@ def _by_blocks(
 
 def _columns(a: s.Attention, step: Step, rows: slice, queries: int, keys: int) -> slice:
     """The keys that a block of queries can see, where the shapes alone tell."""
-    if not step.ordered or queries != keys or queries <= BLOCK or torch.compiler.is_compiling():
+    if (
+        not step.ordered
+        or queries != keys
+        or queries <= BLOCK
+        or torch.compiler.is_compiling()
+    ):
         return slice(0, keys)
     first = max(0, rows.start - a.window + 1) if a.window else 0
     if a.chunk:
@@ -119,7 +153,13 @@ def _columns(a: s.Attention, step: Step, rows: slice, queries: int, keys: int) -
 
 
 def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, mask: Tensor | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: s.Attention,
+    step: Step,
+    mask: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention with its scores in the open, for what the fused kernels cannot do: soft caps and sinks."""
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, T, D)

@@ -26,21 +26,36 @@ def applies(q: Tensor, step: Step) -> bool:
 def _kernels() -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True), torch.compile(
+        create_block_mask, dynamic=True
+    )
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None, compiled: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: s.Attention,
+    step: Step,
+    layer: int,
+    sinks: Tensor | None,
+    compiled: bool = True,
 ) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D)."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import (
+        AuxRequest,
+        create_block_mask,
+        flex_attention,
+    )
 
     kernel, blocks = _kernels() if compiled else (flex_attention, create_block_mask)
     keys = step.key_positions(layer)
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         mask = visible(queries[b, i], keys_[b, j], a.window, a.chunk)
-        return mask if documents is None else mask & (documents[b, i] == documents[b, j])
+        return (
+            mask if documents is None else mask & (documents[b, i] == documents[b, j])
+        )
 
     batch = q.shape[0]
     queries, keys_ = step.positions.expand(batch, -1), keys.expand(batch, -1)
@@ -48,7 +63,11 @@ def attend(
     block_mask = None
     if not a.cross:
         block_mask = step.shared(
-            "blocks", a, lambda: blocks(sees, batch, None, q.shape[2], k.shape[2], device=q.device.type)
+            "blocks",
+            a,
+            lambda: blocks(
+                sees, batch, None, q.shape[2], k.shape[2], device=q.device.type
+            ),
         )
 
     def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -60,4 +79,6 @@ def attend(
     )  # fmt: skip
     if sinks is None:
         return y
-    return y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].type_as(y)  # one more term in the softmax's sum
+    return y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].type_as(
+        y
+    )  # one more term in the softmax's sum

@@ -19,26 +19,25 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if spec.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        gain, eps = self.weight, self.spec.eps
+        if self.spec.offset:
+            gain = gain.float() + self.spec.offset
         if self.spec.kind == "layer":
-            gain = self.weight + self.spec.offset if self.spec.offset else self.weight
-            return F.layer_norm(x, gain.shape, gain.type_as(x), _cast(self.bias, x), self.spec.eps)
-        return self._rms(x)
-
-    def _rms(self, x: Tensor) -> Tensor:
-        offset, eps, shape = self.spec.offset, self.spec.eps, self.weight.shape
-        if x.dtype == torch.float32:
-            gain = self.weight + offset if offset else self.weight
-            h = F.rms_norm(x, shape, gain.float(), eps)
-        elif self.spec.gain == "before":
-            h = (F.rms_norm(x.float(), shape, self.weight.float() + offset, eps)).type_as(x)
+            return F.layer_norm(
+                x, gain.shape, gain.type_as(x), _cast(self.bias, x), eps
+            )
+        if (
+            self.spec.gain == "after" and x.dtype != torch.float32
+        ):  # in fp32 there is no cast to come before
+            h = F.rms_norm(x, gain.shape, None, eps) * gain.type_as(x)
         else:
-            h = F.rms_norm(x.float(), shape, None, eps).type_as(x) * (self.weight + offset).type_as(x)
-        return h if self.bias is None else h + self.bias
+            h = F.rms_norm(x.float(), gain.shape, gain.float(), eps).type_as(x)
+        return h if self.bias is None else h + self.bias.type_as(x)
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without a gain over each head's dimensions: Llama 4's norm of queries and keys."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).type_as(x)
+    return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
 def _cast(x: Tensor | None, like: Tensor) -> Tensor | None:
