@@ -5,6 +5,7 @@ Shapes as in attention.py. arXiv:2412.05496.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +30,12 @@ def _kernels() -> tuple[Any, Any]:
     return torch.compile(flex_attention, dynamic=True), torch.compile(
         create_block_mask, dynamic=True
     )
+
+
+def _cap(limit: float | None) -> Callable[..., Tensor] | None:
+    if limit is None:
+        return None
+    return lambda score, b, h, i, j: limit * torch.tanh(score / limit)
 
 
 def attend(
@@ -70,11 +77,8 @@ def attend(
             ),
         )
 
-    def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return a.softcap * torch.tanh(score / a.softcap)
-
     y, aux = kernel(
-        q, k, v, score_mod=cap if a.softcap is not None else None, block_mask=block_mask,
+        q, k, v, score_mod=_cap(a.softcap), block_mask=block_mask,
         scale=a.scale or a.head_dim**-0.5, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     if sinks is None:
