@@ -1,0 +1,167 @@
+"""Keys and values of the tokens so far.
+
+Shapes: B rows, K KV heads, T new tokens, S kept tokens, D head dimensions. All rows share their columns: shorter
+prompts are padded on the left, and column c of a layer that keeps n tokens lies in slot c % n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from oneblock import spec as s
+
+BLOCK = 256  # a cache that is full grows by at least this many columns
+
+Kind = tuple[int | None, int | None]  # (window, chunk): layers that agree here keep the same columns
+
+
+class KVCache:
+    """A cache for `capacity` columns, growing when there are more. A layer with a window or a chunk is a ring of
+    that length and never stores more.
+
+    Memory is reserved at a layer's first token; the system hands it out page by page as columns are written.
+    """
+
+    def __init__(self, spec: s.Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        self.batch, self.capacity, self.dtype, self.device = batch, max(capacity, 1), dtype, torch.device(device)
+        self._attn = [layer.attn for layer in spec.layers]
+        self._kinds: list[Kind] = [(a.window, a.chunk) for a in self._attn]
+        self._keys: list[Tensor | None] = [None] * len(self._attn)
+        self._values: list[Tensor | None] = [None] * len(self._attn)
+        self._positions = torch.empty(0, 0, dtype=torch.long)  # (B or 1, capacity), where a row is padded
+        self._length, self._new, self._padded = 0, 0, False
+        self._sizes = self._slots()
+        self._seen: dict[Kind, Tensor] = {}  # key positions of this pass
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def padded(self) -> bool:
+        return self._padded
+
+    @property
+    def nbytes(self) -> int:
+        """What is reserved for keys and values."""
+        return sum(x.nbytes for x in (*self._keys, *self._values) if x is not None)
+
+    def size(self, layer: int) -> int:
+        """How many columns the layer keeps."""
+        return self._sizes[layer]
+
+    def _slots(self) -> list[int]:
+        return [min([self.capacity, *(n for n in kind if n is not None)]) for kind in self._kinds]
+
+    # ------------------------------------------------------------------ one pass
+
+    def begin(self, positions: Tensor) -> None:
+        end = self._length + positions.shape[1]
+        if end > self.capacity:
+            self._grow(max(end, self._length + BLOCK, self._length * 3 // 2))
+        self._new = positions.shape[1]
+        self._seen.clear()
+        columns = torch.arange(self._length, end, device=self.device)[None]
+        self._padded = self._padded or not torch.equal(positions, columns.expand_as(positions))
+        if self._padded:
+            self._remember(positions)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            shape = (self.batch, k.shape[1], self._sizes[layer], k.shape[3])
+            keys = self._keys[layer] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            values = self._values[layer] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        start, size, new = self._length, self._sizes[layer], self._new
+        if new > 1 and start + new > size:
+            return self._roll(keys, k), self._roll(values, v)
+        slot, kept = start % size, min(start + new, size)
+        keys.narrow(2, slot, new).copy_(k)
+        values.narrow(2, slot, new).copy_(v)
+        return keys.narrow(2, 0, kept), values.narrow(2, 0, kept)
+
+    def key_positions(self, layer: int) -> Tensor:
+        kind = self._kinds[layer]
+        if kind not in self._seen:
+            columns = self._columns(self._sizes[layer])
+            self._seen[kind] = self._positions[:, columns] if self._padded else columns[None]
+        return self._seen[kind]
+
+    def end(self) -> None:
+        self._length += self._new
+        self._new = 0
+
+    # ------------------------------------------------------------------ rings
+
+    def _roll(self, ring: Tensor, new: Tensor) -> Tensor:
+        """Several tokens that do not fit: what is kept, oldest first, and the new; then the last ones are kept."""
+        size, start, end = ring.shape[2], self._length, self._length + self._new
+        kept = ring.narrow(2, 0, min(start, size))
+        if start > size:
+            kept = kept.roll(-(start % size), 2)
+        seen = torch.cat((kept, new.to(ring.dtype)), 2) if start else new
+        columns = torch.arange(max(end - size, start), end, device=ring.device)
+        ring.index_copy_(2, columns % size, new[:, :, -len(columns) :].to(ring.dtype))
+        return seen
+
+    def _columns(self, size: int) -> Tensor:
+        """The columns that `update` returns to this pass, in its order."""
+        start, end = self._length, self._length + self._new
+        if self._new > 1 or end <= size:
+            return torch.arange(max(start - size, 0) if end > size else 0, end, device=self.device)
+        slots = torch.arange(size, device=self.device)
+        return start - (start - slots) % size
+
+    def _remember(self, positions: Tensor) -> None:
+        rows = max(positions.shape[0], self._positions.shape[0])
+        if self._positions.shape != (rows, self.capacity):  # the first pads, or more room; before pads column i is i
+            old = self._positions if len(self._positions) else torch.arange(self._length, device=self.device)[None]
+            self._positions = torch.empty(rows, self.capacity, dtype=torch.long, device=self.device)
+            self._positions[:, : self._length] = old[:, : self._length]
+        self._positions[:, self._length : self._length + self._new] = positions
+
+    # ------------------------------------------------------------------ other lengths, other rows
+
+    def _grow(self, capacity: int) -> None:
+        """Room for more columns; a ring shorter than its window has not yet come round, so slots stay."""
+        self.capacity = capacity
+        sizes, self._sizes = self._sizes, self._slots()
+        for layer, (old, new) in enumerate(zip(sizes, self._sizes, strict=True)):
+            if new > old:
+                self._keys[layer] = self._longer(self._keys[layer], new)
+                self._values[layer] = self._longer(self._values[layer], new)
+
+    def _longer(self, old: Tensor | None, size: int) -> Tensor | None:
+        if old is None:
+            return None
+        kept = min(self._length, old.shape[2])
+        new = old.new_empty((*old.shape[:2], size, old.shape[3]))
+        new[:, :, :kept] = old[:, :, :kept]
+        return new
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        index = torch.tensor(rows, device=self.device)
+        self.batch = len(rows)
+        self._keys = [self._rows(x, index) for x in self._keys]
+        self._values = [self._rows(x, index) for x in self._values]
+        if len(self._positions) > 1:
+            self._positions = self._positions[index]
+
+    def _rows(self, old: Tensor | None, index: Tensor) -> Tensor | None:
+        if old is None:
+            return None
+        kept = min(self._length, old.shape[2])  # the rest of the memory stays untouched
+        new = old.new_empty((len(index), *old.shape[1:]))
+        new[:, :, :kept] = old[:, :, :kept][index]
+        return new
+
+    def rewind(self, length: int) -> bool:
+        """Forget all columns from `length` on. False, and nothing done, where a ring has already dropped older ones."""
+        if length > self._length or (length < self._length and any(self._length > n for n in self._sizes)):
+            return False
+        self._length, self._new = length, 0
+        return True

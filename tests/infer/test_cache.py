@@ -1,0 +1,186 @@
+"""The cache: with it and without it the same logits, padded or alone, and never more columns than a window needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oneblock.infer.cache import KVCache
+from oneblock.model import Decoder
+from oneblock.spec import FAMILIES, Spec
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+def random_model(spec: Spec, seed: int = 0) -> Decoder:
+    """Every weight random, gains, gates and sinks too: a part at its start value would hide a mistake."""
+    torch.manual_seed(seed)
+    model = Decoder(spec)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            scale = 1.0 if name.startswith(("embed", "positions")) else 0.3
+            p.copy_(torch.randn(p.shape) * scale + (1.0 if p.dim() == 1 and name.endswith("norm.weight") else 0.0))
+    return model
+
+
+def short_sighted(spec: Spec, near: int = 6) -> Spec:
+    """Windows and chunks much shorter than the text."""
+    pattern = []
+    for layer in spec.pattern:
+        attn = layer.attn
+        window = near if attn.window is not None else None
+        chunk = near if attn.chunk is not None else None
+        pattern.append(replace(layer, attn=replace(attn, window=window, chunk=chunk)))
+    return replace(spec, pattern=tuple(pattern))
+
+
+SPECS = {name: short_sighted(build()) for name, build in FAMILIES.items()}
+KINDS = {  # what no family has by default
+    "window": {"window": 5},
+    "chunk": {"chunk": 5},
+    "window of one": {"window": 1},
+    "chunk of one": {"chunk": 1},
+}
+for kind, change in KINDS.items():
+    base = FAMILIES["llama"]()
+    layers = (replace(base.pattern[0], attn=replace(base.pattern[0].attn, **change)), *base.pattern)
+    SPECS[kind] = replace(base, pattern=layers, n_layers=3)
+
+
+def in_pieces(model: Decoder, ids: torch.Tensor, pieces: list[int], capacity: int) -> tuple[torch.Tensor, KVCache]:
+    cache = KVCache(model.spec, ids.shape[0], capacity, torch.float32, CPU)
+    logits, start = [], 0
+    for n in pieces:
+        logits.append(model(ids[:, start : start + n], cache=cache))
+        start += n
+    return torch.cat(logits, 1), cache
+
+
+@pytest.mark.parametrize("pieces", [[29] + [1] * 3, [1] * 32, [3, 1, 9, 1, 1, 17], [4, 8, 20]], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_cached_equals_full(name, pieces):
+    model = random_model(SPECS[name])
+    ids = torch.randint(0, model.spec.vocab, (2, 32), generator=torch.Generator().manual_seed(1))
+    full = model(ids)
+    cached, cache = in_pieces(model, ids, pieces, capacity=32)
+    torch.testing.assert_close(cached, full, atol=1e-4, rtol=1e-4)
+    assert cache.length == 32
+    assert not cache.padded
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ragged_equals_alone(name):
+    model = random_model(SPECS[name])
+    lengths, longest, more = [3, 14, 9, 1], 14, 12
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(0, model.spec.vocab, (n + more,), generator=generator) for n in lengths]
+    columns = torch.arange(longest + more)
+    pads = torch.tensor([longest - n for n in lengths])
+    ids = torch.stack([torch.nn.functional.pad(t, (longest + more - len(t), 0)) for t in texts])
+    positions = columns - pads[:, None]
+    cache = KVCache(model.spec, 4, longest + more, torch.float32, CPU)
+    logits = [model(ids[:, :longest], positions=positions[:, :longest], cache=cache)]
+    for c in range(longest, longest + more):
+        explicit = positions[:, c : c + 1]
+        logits.append(model(ids[:, c : c + 1], positions=explicit, cache=cache))
+    assert cache.padded
+    together = torch.cat(logits, 1)
+    for row, text in enumerate(texts):
+        alone = model(text[None])[0]
+        torch.testing.assert_close(together[row, pads[row] :], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if any(x.attn.window or x.attn.chunk for x in s.layers)])
+def test_a_ring_never_stores_more_than_its_window(name):
+    model = random_model(SPECS[name])
+    ids = torch.randint(0, model.spec.vocab, (2, 40))
+    _, cache = in_pieces(model, ids, [20] + [1] * 20, capacity=64)
+    expected = 0
+    for layer, kept in enumerate(model.spec.layers):
+        a = kept.attn
+        size = min(64, a.window or 64, a.chunk or 64)
+        assert cache.size(layer) == size
+        expected += 0 if a.cross else 2 * 2 * a.n_kv_heads * size * a.head_dim * 4
+    assert cache.nbytes == expected
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_grows_past_its_capacity(name):
+    model = random_model(SPECS[name])
+    ids = torch.randint(0, model.spec.vocab, (1, 30))
+    grown, cache = in_pieces(model, ids, [3, 1, 1, 1, 10] + [1] * 14, capacity=4)
+    torch.testing.assert_close(grown, model(ids), atol=1e-4, rtol=1e-4)
+    assert cache.capacity >= 30
+
+
+def test_nothing_is_reserved_before_the_first_token():
+    spec = FAMILIES["llama"]()
+    cache = KVCache(spec, 1, 1_000_000_000, torch.float32, CPU)
+    assert cache.nbytes == 0
+
+
+def test_unwritten_memory_is_never_read():
+    """Columns not yet written hold whatever the memory held."""
+    model = random_model(SPECS["gemma3"])
+    ids = torch.randint(0, model.spec.vocab, (1, 12))
+    cache = KVCache(model.spec, 1, 64, torch.float32, CPU)
+    model(ids[:, :4], cache=cache)
+    for x in (*cache._keys, *cache._values):
+        assert x is not None
+        x[:, :, min(4, x.shape[2]) :] = float("nan")
+    logits = [model(ids[:, i : i + 1], cache=cache) for i in range(4, 12)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids)[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_rewind_and_go_on_otherwise():
+    model = random_model(SPECS["llama"])
+    ids, other = torch.randint(0, 64, (1, 20)), torch.randint(0, 64, (1, 20))
+    _, cache = in_pieces(model, ids, [12, 1, 1, 1, 5], capacity=32)
+    assert cache.rewind(7)
+    assert cache.length == 7
+    mixed = torch.cat((ids[:, :7], other[:, 7:]), 1)
+    torch.testing.assert_close(model(mixed[:, 7:], cache=cache), model(mixed)[:, 7:], atol=1e-4, rtol=1e-4)
+
+
+def test_rewind_refuses_once_a_ring_has_dropped_something():
+    model = random_model(SPECS["gemma2"])
+    window = min(a.attn.window for a in model.spec.layers if a.attn.window)
+    ids = torch.randint(0, model.spec.vocab, (1, window + 1))
+    _, cache = in_pieces(model, ids[:, :window], [window], capacity=32)
+    assert cache.rewind(window - 2)
+    model(ids[:, window - 2 :], cache=cache)
+    assert not cache.rewind(window)
+    assert cache.length == window + 1
+    assert cache.rewind(window + 1), "nothing to forget"
+    assert not cache.rewind(window + 2), "cannot go forward"
+
+
+def test_keep_rows():
+    model = random_model(SPECS["mistral"])
+    ids = torch.randint(0, model.spec.vocab, (3, 16))
+    _, cache = in_pieces(model, ids[:, :14], [12, 1, 1], capacity=20)
+    cache.keep([2, 0])
+    logits = [model(ids[[2, 0], i : i + 1], cache=cache) for i in (14, 15)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids)[[2, 0], 14:], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_that_do_not_count_from_zero_are_remembered():
+    """One token at position 7 in column 0: the next pass must not take columns for positions."""
+    model = random_model(SPECS["llama"])
+    ids = torch.randint(0, model.spec.vocab, (1, 6))
+    cache = KVCache(model.spec, 1, 8, torch.float32, CPU)
+    parts = [model(ids[:, i : i + 1], positions=torch.tensor([[7 + i]]), cache=cache) for i in range(6)]
+    assert cache.padded
+    shifted = model(ids, positions=torch.arange(7, 13)[None])
+    torch.testing.assert_close(torch.cat(parts, 1), shifted, atol=1e-4, rtol=1e-4)
