@@ -96,7 +96,7 @@ class Texts:
         same = next((i for i, (a, b) in enumerate(zip(fed, text, strict=False)) if a != b), min(len(fed), len(text)))
         same = min(same, len(text) - 1)  # the last token is always fed: its logits are wanted
         self.rows = [list(text)]
-        crossed = any(same <= n < len(text) for n in self._steps)
+        crossed = any((len(fed) <= n) != (len(text) <= n) for n in self._steps)
         if crossed or not self.cache.rewind(same):
             self._forget()
 

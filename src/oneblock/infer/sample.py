@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import TypedDict
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from oneblock.errors import OneblockError
 
 NEAREST = 512  # top-p sorts this many candidates first; they nearly always hold the mass, and sorting V takes ms
-NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class Choices(TypedDict, total=False):
@@ -47,7 +45,7 @@ class Sampling:
     repetition_penalty: float = 1.0  # shrink the logits of tokens in the prompt or the reply (arXiv:1909.05858)
     presence_penalty: float = 0.0  # subtract from the logits of tokens in the reply
     frequency_penalty: float = 0.0  # subtract this, times how often the reply has the token
-    logit_bias: Mapping[int, float] = field(default=NO_BIAS, hash=False)  # added to the logits of these ids
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added to the logits of these ids
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -166,7 +164,7 @@ def min_p(probabilities: Tensor, p: float) -> Tensor:
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """One id per row in proportion to weights (B, V), by the inverse of their running sum at `uniform` (B,)."""
     running = weights.cumsum(-1, dtype=torch.float64)  # fp32 would lose tokens rarer than 1e-7
-    total = running[:, -1:]
+    total = running[:, -1:].contiguous()
     ids = torch.searchsorted(running, uniform.to(running)[:, None] * total, right=True)
     # Rounding may carry u * total to the total itself: then the last token that has any weight.
     last = torch.searchsorted(running, total)

@@ -1,0 +1,279 @@
+"""The sampler against transformers' processors, against plain Python, and by its properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oneblock.errors import OneblockError
+from oneblock.infer.sample import (
+    Counts,
+    Sampler,
+    Sampling,
+    adjusted,
+    choose,
+    distribution,
+    draw,
+    logprobs,
+    top_logprobs,
+)
+
+PROBABLE = settings(max_examples=60, deadline=None)
+seeds = st.integers(0, 10_000)
+vocabularies = st.sampled_from([2, 5, 50, 700])  # above and below what top-p looks at first
+
+
+def some_logits(seed: int, vocab: int, rows: int = 2, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def support(probabilities: torch.Tensor) -> list[set[int]]:
+    return [set(row.nonzero()[:, 0].tolist()) for row in probabilities]
+
+
+# ------------------------------------------------------------------ against transformers
+
+
+def reference(logits: torch.Tensor, sampling: Sampling, prompts: list[list[int]] | None = None) -> torch.Tensor:
+    """transformers' warpers in its own order; rows have prompts of one length."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    ids = torch.tensor(prompts) if prompts else torch.zeros(len(logits), 0, dtype=torch.long)
+    chain = []
+    if sampling.repetition_penalty != 1:
+        chain.append(processors.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature != 1:
+        chain.append(processors.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        chain.append(processors.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(processors.TopPLogitsWarper(float(sampling.top_p)))
+    if sampling.min_p:
+        chain.append(processors.MinPLogitsWarper(float(sampling.min_p)))
+    for process in chain:
+        logits = process(ids, logits)
+    return logits.softmax(-1)
+
+
+@PROBABLE
+@given(
+    seed=seeds,
+    vocab=vocabularies,
+    temperature=st.sampled_from([0.2, 0.7, 1.0, 1.9]),
+    k=st.sampled_from([0, 1, 2, 7, 10_000]),
+    p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    m=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    repetition=st.sampled_from([0.6, 1.0, 1.7]),
+)
+def test_equals_transformers(seed, vocab, temperature, k, p, m, repetition):
+    logits = some_logits(seed, vocab)
+    prompts = torch.randint(0, vocab, (2, 6), generator=torch.Generator().manual_seed(seed)).tolist()
+    sampling = Sampling(temperature, k, p, m, repetition_penalty=repetition)
+    ours = distribution(adjusted(logits, sampling, Counts(prompts, vocab)), sampling)
+    torch.testing.assert_close(ours, reference(logits, sampling, prompts), atol=1e-5, rtol=1e-4)
+
+
+def test_repetition_counts_prompt_and_reply():
+    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 1.0]])
+    sampling = Sampling(repetition_penalty=2.0)
+    counts = Counts([[0, 1, 1]], 5)
+    counts.add(torch.tensor([2]))
+    assert adjusted(logits, sampling, counts).tolist() == [[1.0, -4.0, 1.0, -2.0, 1.0]]
+
+
+def test_presence_and_frequency_count_the_reply_only():
+    """OpenAI's definition: logits[i] -= count[i] * frequency + (count[i] > 0) * presence."""
+    logits = torch.zeros(1, 4)
+    counts = Counts([[3, 3]], 4)
+    for token in (0, 1, 1):
+        counts.add(torch.tensor([token]))
+    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    assert adjusted(logits, sampling, counts).tolist() == [[-0.75, -1.0, 0.0, 0.0]]
+
+
+def test_bias_adds_and_bans():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    sampling = Sampling(temperature=0, logit_bias={2: -math.inf, 1: 0.5})
+    assert adjusted(logits, sampling, None).tolist() == [[1.0, 2.5, -math.inf], [3.0, 2.5, -math.inf]]
+    assert choose(logits, sampling, None, None).tolist() == [1, 0]
+
+
+# ------------------------------------------------------------------ definitions, in plain Python
+
+
+def plain_top_p(probabilities: list[float], p: float) -> set[int]:
+    kept, mass = set(), 0.0
+    for i in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if mass >= p:
+            break
+        kept.add(i)
+        mass += probabilities[i]
+    return kept
+
+
+@PROBABLE
+@given(seed=seeds, vocab=vocabularies, p=st.floats(0.01, 0.99), scale=st.sampled_from([0.01, 1.0, 6.0]))
+def test_top_p_is_the_smallest_set_with_the_mass(seed, vocab, p, scale):
+    logits = some_logits(seed, vocab, scale=scale)
+    full = logits.softmax(-1)
+    cut = distribution(logits, Sampling(top_p=p))
+    for before, row, kept in zip(full.double(), cut, support(cut), strict=True):
+        expected = plain_top_p(before.tolist(), p)
+        mass = before[sorted(kept)].sum().item()
+        assert kept == expected or abs(mass - p) < 1e-5, "only rounding at the edge may differ"
+        assert row.sum().item() == pytest.approx(1, abs=1e-5)
+        assert before.argmax().item() in kept
+
+
+@PROBABLE
+@given(seed=seeds, vocab=vocabularies, k=st.integers(1, 60))
+def test_top_k_keeps_k(seed, vocab, k):
+    logits = some_logits(seed, vocab)
+    for row, kept in zip(logits, support(distribution(logits, Sampling(top_k=k))), strict=True):
+        assert kept == set(row.topk(min(k, vocab)).indices.tolist())
+
+
+def test_top_k_keeps_ties():
+    kept = support(distribution(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), Sampling(top_k=2)))
+    assert kept == [{0, 1, 2}]
+
+
+@PROBABLE
+@given(seed=seeds, vocab=vocabularies, m=st.floats(0.001, 1))
+def test_min_p_is_relative_to_the_likeliest(seed, vocab, m):
+    logits = some_logits(seed, vocab)
+    full = logits.softmax(-1)
+    for row, kept in zip(full, support(distribution(logits, Sampling(min_p=m))), strict=True):
+        surely = set((row > m * row.max() * 1.0001).nonzero()[:, 0].tolist())
+        at_most = set((row > m * row.max() * 0.9999).nonzero()[:, 0].tolist())
+        assert surely <= kept <= at_most
+        assert row.argmax().item() in kept
+
+
+@PROBABLE
+@given(seed=seeds, k=st.sampled_from([0, 3]), p=st.sampled_from([0.6, 1.0]), m=st.sampled_from([0.0, 0.1]))
+def test_permuting_the_vocabulary_permutes_the_distribution(seed, k, p, m):
+    logits = some_logits(seed, 30)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
+    sampling = Sampling(0.8, k, p, m)
+    permuted = distribution(logits[:, order], sampling)
+    torch.testing.assert_close(permuted, distribution(logits, sampling)[:, order], atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ draws
+
+
+def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    seen = expected > 0
+    assert observed[~seen].sum() == 0, "drew what has no probability"
+    return (((observed - expected)[seen] ** 2) / expected[seen]).sum().item()
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.5), Sampling(1.5, top_k=4), Sampling(top_p=0.7), Sampling(min_p=0.2)], ids=str
+)
+def test_draws_follow_the_distribution(sampling):
+    n, vocab = 20_000, 8
+    logits = some_logits(3, vocab, rows=1, scale=1.0)
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    drawn = choose(logits.expand(n, -1), sampling, None, uniform)
+    expected = n * distribution(logits, sampling)[0]
+    # 7 degrees of freedom: 40.5 is exceeded once in a million
+    assert chi_square(drawn.bincount(minlength=vocab).float(), expected) < 40.5
+
+
+def test_the_samplers_stream_follows_the_distribution():
+    """Thousands of draws from one row's own generator."""
+    logits = some_logits(5, 6, rows=1, scale=1.0)
+    sampler = Sampler(Sampling(), [11], [[0]], 6)
+    drawn = torch.cat([sampler.next(logits) for _ in range(4000)])
+    expected = 4000 * logits.softmax(-1)[0]
+    assert chi_square(drawn.bincount(minlength=6).float(), expected) < 35.9  # 5 degrees, once in a million
+
+
+@PROBABLE
+@given(seed=seeds, vocab=vocabularies, luck=st.sampled_from([0.0, 1e-17, 0.3, 0.999999999999, 1 - 2**-53]))
+def test_a_draw_always_has_weight(seed, vocab, luck):
+    weights = some_logits(seed, vocab).softmax(-1)
+    weights[:, torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[: vocab // 2]] = 0
+    ids = draw(weights, torch.full((2,), luck, dtype=torch.float64))
+    assert (weights.gather(-1, ids[:, None]) > 0).all()
+
+
+def test_a_row_draws_the_same_in_any_batch():
+    logits = some_logits(6, 40, rows=3)
+    sampling = Sampling(0.9, presence_penalty=0.3)
+    together = Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 40)
+    batch = torch.stack([together.next(logits) for _ in range(20)])
+    for row in range(3):
+        single = Sampler(sampling, [row + 1], [[row]], 40)
+        alone = torch.cat([single.next(logits[row : row + 1]) for _ in range(20)])
+        assert alone.tolist() == batch[:, row].tolist()
+
+
+def test_rows_that_stay_keep_their_luck_and_their_counts():
+    logits = some_logits(7, 12, rows=3, scale=1.0)
+    sampling = Sampling(frequency_penalty=1.0)
+    whole, fewer = (Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 12) for _ in range(2))
+    first = whole.next(logits)
+    assert torch.equal(fewer.next(logits), first)
+    fewer.keep([2, 0])
+    for _ in range(10):
+        assert fewer.next(logits[[2, 0]]).tolist() == whole.next(logits)[[2, 0]].tolist()
+
+
+def test_greedy_is_argmax_and_draws_nothing():
+    logits = some_logits(8, 100)
+    sampler = Sampler(Sampling(temperature=0, top_k=3, top_p=0.1), [1, 2], [[0], [0]], 100)
+    assert sampler.next(logits).tolist() == logits.argmax(-1).tolist()
+    assert sampler.next(logits.bfloat16()).tolist() == logits.bfloat16().float().argmax(-1).tolist()
+
+
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
+    logits = some_logits(9, 100, scale=50.0)
+    assert distribution(logits, Sampling(temperature=1e-38)).argmax(-1).tolist() == logits.argmax(-1).tolist()
+
+
+# ------------------------------------------------------------------ log-probabilities
+
+
+def test_logprobs_are_the_models_own():
+    logits = some_logits(10, 20)
+    ids = torch.tensor([3, 19])
+    expected = logits.double().log_softmax(-1)
+    torch.testing.assert_close(logprobs(logits, ids).double(), expected[torch.arange(2), ids], atol=1e-5, rtol=0)
+    top, values = top_logprobs(logits, 4)
+    assert top.tolist() == expected.topk(4).indices.tolist()
+    torch.testing.assert_close(values.double(), expected.topk(4).values, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------ wrong values
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("presence_penalty", math.inf),
+        ("logit_bias", {3: math.nan}),
+        ("logit_bias", {3: math.inf}),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(field, value):
+    with pytest.raises(OneblockError, match=field) as error:
+        Sampling(**{field: value})
+    assert "\n" not in str(error.value)
