@@ -1,0 +1,31 @@
+"""Model folders: Hugging Face configurations and safetensors to and from our models. Nothing is imported until used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oneblock.store.config import read_config, write_config
+    from oneblock.store.folder import replacing
+    from oneblock.store.hub import resolve
+    from oneblock.store.load import Checkpoint, load_model
+    from oneblock.store.save import save_model
+
+__all__ = ["Checkpoint", "load_model", "read_config", "replacing", "resolve", "save_model", "write_config"]
+
+_HOMES = {
+    "Checkpoint": "load",
+    "load_model": "load",
+    "read_config": "config",
+    "replacing": "folder",
+    "resolve": "hub",
+    "save_model": "save",
+    "write_config": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

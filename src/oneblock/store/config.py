@@ -1,0 +1,90 @@
+"""config.json <-> Spec. No tensors here, and no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from oneblock.errors import OneblockError
+from oneblock.spec import Spec
+from oneblock.store.families import FAMILIES
+from oneblock.store.rules import Family
+
+CONFIG = "config.json"
+
+
+def read_config(path: str | Path) -> tuple[Spec, dict[str, Any]]:
+    """The Spec of a config.json (or of the folder it is in), and the configuration itself.
+
+    Of an image-text model it is the text side's, as the text class would have it. OneblockError where the class or
+    one of its settings is not known.
+    """
+    path = Path(path)
+    path = path / CONFIG if path.is_dir() else path
+    if not path.exists():
+        where = "there is no such folder or file" if not path.parent.exists() else f"has no {CONFIG}"
+        raise OneblockError(f"{path.parent if path.name == CONFIG else path}: {where}; give a model's folder")
+    try:
+        config = text_side(read_json(path))
+        if config.get("quantization_config"):
+            raise OneblockError("the weights are quantised, which is not supported; get the model in bf16, fp16 or fp32")
+        if config.get("per_layer_config"):
+            raise OneblockError("per_layer_config is not supported: this model cannot be loaded")
+        return family_of(config).read(config), config
+    except OneblockError as error:
+        message = str(error)
+        raise OneblockError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise OneblockError(f"{path}: has a value of the wrong type ({error}); get the file again") from error
+
+
+def write_config(spec: Spec) -> dict[str, Any]:
+    """A configuration that reads back as this Spec, of the best known class that can hold it.
+
+    Where none can, it is our own form, which no other program reads.
+    """
+    for family in FAMILIES:
+        try:
+            config = {"architectures": [family.architecture], "model_type": family.types[0], **family.write(spec)}
+            # Classes have token ids as defaults: those of their first model, hardly ever this one's.
+            config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+            if family.read(config) == spec:
+                return config
+        except (OneblockError, TypeError, ValueError, KeyError, AttributeError, StopIteration):
+            continue  # the class lacks a part that the spec has
+    raise AssertionError("our own form holds every Spec")
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family that reads this configuration; OneblockError with the known ones where there is none."""
+    kind = config.get("model_type")
+    for family in FAMILIES:
+        if kind in family.types:
+            return family
+    known = ", ".join(sorted(kind for family in FAMILIES for kind in (*family.types, *family.wrappers)))
+    raise OneblockError(f"model_type {kind!r} is not known; known are {known}")
+
+
+def text_side(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration itself, or that of the text class inside an image-text model's."""
+    for family in FAMILIES:
+        if config.get("model_type") in family.wrappers:
+            text = config.get("text_config") or {}
+            outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+            inner = {**outer, **text, "model_type": family.types[0], "architectures": [family.architecture]}
+            return inner | {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OneblockError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except ValueError as error:
+        raise OneblockError(f"{path}: is not valid JSON ({str(error)[:80]}); get the file again") from error
+    if not isinstance(value, dict):
+        raise OneblockError(f"{path}: is not a JSON object; get the file again")
+    return value

@@ -1,0 +1,244 @@
+"""A model folder to a model: built without memory, then given the file's own pages or copies made slab by slab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oneblock.errors import OneblockError
+from oneblock.model import Decoder
+from oneblock.spec import Spec
+from oneblock.store.config import family_of, read_config, read_json
+from oneblock.store.header import Entry, read_header
+from oneblock.store.rules import Family, Layout, Slot, Slots, disk_names, ignorable, slots
+from oneblock.store.tensors import CODES, DTYPES, Reader, copy_in, mappable, mapped
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.msgpack", "*.h5")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded folder. `layout` is what saving needs to give the same names back."""
+
+    model: Decoder
+    spec: Spec
+    config: dict[str, Any]
+    generation: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
+
+
+def load_model(
+    folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """The model of a Hugging Face folder, its weights in `dtype` (None: as most of them are stored).
+
+    On the CPU and without a change of dtype the weights stay in the file's pages, which come in as they are used and
+    are copied only where they are written to. OneblockError where the folder is not a whole, sound model.
+    """
+    folder = Path(folder)
+    spec, config = read_config(folder)
+    family = family_of(config)
+    entries = find_tensors(folder)
+    model = on_meta(spec)
+    match = _match(family, spec, model, entries)
+    _check(folder, family, match, entries)
+    target = _dtype(dtype, match.slots, entries)
+    with Reader() as reader:
+        if match.layout.stored_head and not _same_head(reader, entries, match):
+            # transformers trusts the two matrices over the configuration, too
+            config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
+            model, match = _untied(family, spec, entries)
+        _fill(model, match.slots, entries, target, torch.device(device), reader)
+    generation = folder / "generation_config.json"
+    return Checkpoint(model, spec, config, read_json(generation) if generation.exists() else {}, match.layout)
+
+
+def on_meta(spec: Spec) -> Decoder:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return Decoder(spec)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes; a tied head is not named, since it is the embedding."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+# ------------------------------------------------------------------ which files
+
+
+def find_tensors(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder's safetensors files."""
+    index = folder / INDEX
+    if index.exists():
+        return _sharded(folder, index)
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise OneblockError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code and is never opened; convert it where you trust it: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained({str(folder)!r}).save_pretrained('converted')\""
+        )
+    raise OneblockError(f"{folder}: has no {SINGLE} and no {INDEX}; give a folder that holds a model's weights")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in where.values()):
+        raise OneblockError(f"{index}: has no weight_map of tensors to files in this folder; get the file again")
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(where.values())):
+        if not (folder / file).exists():
+            raise OneblockError(f"{folder / file}: is missing, though {INDEX} names it; get it again")
+        for name, entry in read_header(folder / file).items():
+            if name in entries:
+                raise OneblockError(f"{folder / file}: tensor {name!r} is in {entries[name].path.name} too; get both again")
+            entries[name] = entry
+    for name, file in where.items():
+        if name not in entries or entries[name].path.name != file:
+            raise OneblockError(f"{folder / file}: tensor {name!r} is missing, though {INDEX} puts it there; get it again")
+    return entries
+
+
+# ------------------------------------------------------------------ which tensor is which
+
+
+@dataclass(frozen=True)
+class Match:
+    """The disk tensors a model needs, named as this folder names them."""
+
+    slots: Slots
+    layout: Layout
+    head: str = ""  # the stored name of a tied head
+
+
+def _match(family: Family, spec: Spec, model: Decoder, entries: dict[str, Entry]) -> Match:
+    """The way of naming that leaves the fewest tensors missing."""
+    shapes = parameter_shapes(model)
+    tables = [slots(table, spec, shapes) for table in family.tables]
+    best: Match | None = None
+    fewest = len(shapes) * 1000
+    for table, prefix, rename in disk_names(family):
+        known = tables[table]
+        if known is None:
+            continue
+        named = {rename(name): slot for name, slot in known.items()}
+        missing = len(named.keys() - entries.keys())
+        if missing < fewest:
+            head = rename(head_name(family))
+            stored = spec.tied and head in entries
+            best, fewest = Match(named, Layout(family.types[0], table, prefix, stored), head), missing
+    assert best is not None, f"no table of {family.types[0]} names every parameter"
+    return best
+
+
+def head_name(family: Family) -> str:
+    return next(disk for disk, ours in family.tables[0].items() if ours == "head") + ".weight"
+
+
+def _untied(family: Family, spec: Spec, entries: dict[str, Entry]) -> tuple[Decoder, Match]:
+    model = on_meta(spec)
+    return model, _match(family, spec, model, entries)
+
+
+def _check(folder: Path, family: Family, match: Match, entries: dict[str, Entry]) -> None:
+    """Every tensor the model needs, in its shape and a dtype we compute in, and no other."""
+    missing = [name for name in match.slots if name not in entries]
+    if missing:
+        raise OneblockError(
+            f"{folder}: tensor {missing[0]!r} is missing{_more(missing)}; the weights are incomplete, or config.json is "
+            f"another model's: get the folder again"
+        )
+    for name, slot in match.slots.items():
+        entry = entries[name]
+        if entry.shape != slot.shape:
+            raise OneblockError(
+                f"{entry.path}: tensor {name!r} has shape {list(entry.shape)} where config.json makes it "
+                f"{list(slot.shape)}; get the folder again, or mend config.json"
+            )
+        if entry.dtype not in DTYPES:
+            raise OneblockError(
+                f"{entry.path}: tensor {name!r} is {entry.dtype}, not one of {', '.join(DTYPES)}; get the "
+                f"model in one of these"
+            )
+    head = match.head if match.layout.stored_head else None
+    extra = [n for n in entries if n not in match.slots and n != head and not ignorable(n, family)]
+    if extra:
+        raise OneblockError(
+            f"{entries[extra[0]].path}: tensor {extra[0]!r} has no place in this {family.types[0]} model{_more(extra)}; "
+            f"config.json may be another model's: get the folder again"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _same_head(reader: Reader, entries: dict[str, Entry], match: Match) -> bool:
+    embed = next(name for name, slot in match.slots.items() if slot.parts[0].name == "embed.weight")
+    a, b = entries[embed], entries[match.head]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    step = 4 << 20
+    for start in range(0, a.end - a.start, step):  # without the map, whose pages would stay in memory
+        ours, theirs = (torch.empty(min(step, a.end - a.start - start), dtype=torch.uint8) for _ in "ab")
+        reader.fill(ours, a, start)
+        reader.fill(theirs, b, start)
+        if not torch.equal(ours, theirs):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------ the weights themselves
+
+
+def _dtype(asked: str | torch.dtype | None, slots: Slots, entries: dict[str, Entry]) -> torch.dtype:
+    if asked is None:
+        stored: dict[str, int] = {}
+        for name in slots:
+            entry = entries[name]
+            stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.end - entry.start
+        return DTYPES[max(stored, key=lambda code: stored[code])]
+    dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if dtype not in CODES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in CODES)
+        raise OneblockError(f"dtype {asked!r} is not one a model computes in: choose one of {known}")
+    return dtype
+
+
+def _fill(
+    model: Decoder, slots: Slots, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device, reader: Reader
+) -> None:
+    """Give the meta model its weights. Tensors that cannot be mapped are made once, then filled piece by piece."""
+    shapes = parameter_shapes(model)
+    ready: dict[str, Tensor] = {}
+    rest: list[tuple[Entry, Slot]] = []
+    for name, slot in sorted(slots.items(), key=lambda item: (str(entries[item[0]].path), entries[item[0]].start)):
+        if mappable(entries[name], slot, dtype, device):
+            ready |= mapped(reader, entries[name], slot)
+        else:
+            rest.append((entries[name], slot))
+    for entry, slot in rest:
+        for part in slot.parts:
+            if part.name not in ready:
+                ready[part.name] = torch.empty(shapes[part.name], dtype=dtype, device=device)
+        copy_in(reader, entry, slot, ready)
+    _assign(model, ready)
+
+
+def _assign(model: Decoder, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        module, _, key = name.rpartition(".")
+        setattr(model.get_submodule(module), key, nn.Parameter(tensor))
+    model.tie()
+
+

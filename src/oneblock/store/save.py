@@ -1,0 +1,157 @@
+"""A model to a folder that transformers, and everything that reads its folders, can load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oneblock.errors import OneblockError
+from oneblock.model import Decoder
+from oneblock.store.config import CONFIG, family_of, write_config
+from oneblock.store.folder import replacing
+from oneblock.store.header import SIZES, build_header
+from oneblock.store.load import INDEX, SINGLE, Checkpoint, head_name, on_meta, parameter_shapes
+from oneblock.store.rules import Family, Layout, Slot, Slots, disk_names, slots
+from oneblock.store.tensors import CODES, chunks
+
+SHARD = 5_000_000_000  # bytes
+
+
+def save_model(
+    folder: str | Path,
+    model: Decoder | Checkpoint,
+    config: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    *,
+    layout: Layout | None = None,
+    max_shard_size: int = SHARD,
+) -> None:
+    """Save a model in one step: the folder holds the old one or the new one, never half of one.
+
+    A `Checkpoint` is saved as it was loaded: its configuration, its names, its tied head if that was stored. Without
+    a configuration one is made from the spec. Other files of the folder stay. OneblockError where the disk is full.
+    """
+    with replacing(folder) as new:
+        write_model(new, model, config, generation, layout=layout, max_shard_size=max_shard_size)
+
+
+def write_model(
+    folder: Path,
+    model: Decoder | Checkpoint,
+    config: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    *,
+    layout: Layout | None = None,
+    max_shard_size: int = SHARD,
+) -> None:
+    """Write a model's files into an existing folder: for use inside `replacing`, beside a tokenizer's."""
+    if isinstance(model, Checkpoint):
+        config = model.config if config is None else config
+        generation = model.generation if generation is None else generation
+        model, layout = model.model, layout or model.layout
+    config = write_config(model.spec) if config is None else config
+    family = family_of(config)
+    if family.read(config) != model.spec:
+        raise OneblockError(f"{folder.name}: the configuration describes another model; save without one to have it made")
+    tensors = dict(model.named_parameters())
+    _write_weights(folder, _named(family, model, layout), tensors, max_shard_size)
+    _write_json(folder / CONFIG, _with_dtype(config, model))
+    if generation:
+        _write_json(folder / "generation_config.json", generation)
+
+
+def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
+    """The disk tensors to write, in the model's order."""
+    shapes = parameter_shapes(model)
+    strange = shapes.keys() ^ parameter_shapes(on_meta(model.spec)).keys()
+    if strange:
+        raise OneblockError(f"parameter {min(strange)!r} is not the spec's: merge or take off what was added, then save")
+    if layout is None or layout.family != family.types[0]:
+        layout = Layout(family.types[0])
+    tables = [slots(table, model.spec, shapes) for table in family.tables]
+    wanted = layout.table if tables[layout.table] is not None else 0
+    for table, prefix, rename in disk_names(family):
+        known = tables[table]
+        if known is not None and (table, prefix) in ((wanted, layout.prefix), (table, None)):
+            if table == wanted and prefix != layout.prefix:
+                continue
+            order = {name: i for i, name in enumerate(shapes)}
+            named = sorted(known.items(), key=lambda item: order[item[1].parts[0].name])
+            found = {rename(name): slot for name, slot in named}
+            if layout.stored_head and model.spec.tied:
+                embed = next(slot for slot in found.values() if slot.parts[0].name == "embed.weight")
+                found[rename(head_name(family))] = embed
+            return found
+    raise AssertionError(f"no table of {family.types[0]} names every parameter")
+
+
+def _write_weights(folder: Path, slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: int) -> None:
+    shards = _shards(slots, tensors, max_shard_size)
+    if len(shards) == 1:
+        _write_file(folder / SINGLE, shards[0], tensors)
+        return
+    where: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        _write_file(folder / name, shard, tensors)
+        where |= dict.fromkeys(shard, name)
+    total = sum(_bytes(slot, tensors) for slot in slots.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _shards(slots: Slots, tensors: Mapping[str, Tensor], limit: int) -> list[Slots]:
+    """Runs of tensors of at most `limit` bytes, or of one larger tensor."""
+    shards: list[Slots] = [{}]
+    size = 0
+    for name, slot in slots.items():
+        count = _bytes(slot, tensors)
+        if shards[-1] and size + count > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = slot
+        size += count
+    return shards
+
+
+def _write_file(path: Path, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
+    header = build_header({name: (_code(slot, tensors), slot.shape) for name, slot in slots.items()})
+    with path.open("wb") as file:
+        file.write(header)
+        for slot in slots.values():
+            for chunk in chunks(slot, tensors, _dtype(slot, tensors)):
+                file.write(memoryview(chunk.contiguous().view(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _dtype(slot: Slot, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    return tensors[slot.parts[0].name].dtype
+
+
+def _code(slot: Slot, tensors: Mapping[str, Tensor]) -> str:
+    dtype = _dtype(slot, tensors)
+    if dtype not in CODES:
+        raise OneblockError(f"weights of dtype {dtype} cannot be saved: convert the model to bf16, fp16 or fp32 first")
+    return CODES[dtype]
+
+
+def _bytes(slot: Slot, tensors: Mapping[str, Tensor]) -> int:
+    return torch.Size(slot.shape).numel() * SIZES[_code(slot, tensors)]
+
+
+def _with_dtype(config: dict[str, Any], model: Decoder) -> dict[str, Any]:
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**config, key: str(next(model.parameters()).dtype).removeprefix("torch.")}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
