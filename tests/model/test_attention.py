@@ -27,9 +27,7 @@ VARIANTS = {
 
 def tiny(**changes: object) -> Spec:
     attn = replace(Attention(4, 2, 8, rope=Rope()), **changes)  # type: ignore[arg-type]
-    return Spec(
-        vocab=61, dim=32, n_layers=2, pattern=(Layer(attn, Mlp(48)),), context=128
-    )
+    return Spec(vocab=61, dim=32, n_layers=2, pattern=(Layer(attn, Mlp(48)),), context=128)
 
 
 def randomised(spec: Spec, seed: int = 0) -> Decoder:
@@ -42,9 +40,7 @@ def randomised(spec: Spec, seed: int = 0) -> Decoder:
 
 
 def ids(length: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(
-        0, 61, (batch, length), generator=torch.Generator().manual_seed(length)
-    )
+    return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 @pytest.fixture(params=VARIANTS)
@@ -53,13 +49,7 @@ def spec(request: pytest.FixtureRequest) -> Spec:
 
 
 @torch.no_grad()
-def by_hand(
-    spec: Spec,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def by_hand(spec: Spec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Attention as its definition reads, one query at a time."""
     a = spec.layers[0].attn
     out = torch.zeros_like(q)
@@ -67,8 +57,7 @@ def by_hand(
         seen = [
             j
             for j in range(i + 1)
-            if (a.window is None or i - j < a.window)
-            and (a.chunk is None or i // a.chunk == j // a.chunk)
+            if (a.window is None or i - j < a.window) and (a.chunk is None or i // a.chunk == j // a.chunk)
         ]
         group = h // (a.n_heads // a.n_kv_heads)
         scores = k[b, group, seen] @ q[b, h, i] * (a.scale or a.head_dim**-0.5)
@@ -82,9 +71,7 @@ def by_hand(
 def test_the_definition(spec: Spec) -> None:
     a = spec.layers[0].attn
     torch.manual_seed(1)
-    q, k, v = (
-        torch.randn(1, n, 21, 8) for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads)
-    )
+    q, k, v = (torch.randn(1, n, 21, 8) for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads))
     sinks = torch.randn(a.n_heads) if a.sinks else None
     step = attention.Step(torch.arange(21)[None], ordered=True)
     got = attention.attend(q, k, v, a, step, 0, sinks)
@@ -94,24 +81,16 @@ def test_the_definition(spec: Spec) -> None:
 @torch.no_grad()
 def test_masks_from_shapes_equal_masks_from_positions(spec: Spec) -> None:
     model, x = randomised(spec), ids(50)
-    torch.testing.assert_close(
-        model(x), model(x, positions=torch.arange(50)[None]), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(model(x), model(x, positions=torch.arange(50)[None]), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "positions", [None, torch.arange(50)[None]], ids=["ordered", "positions"]
-)
-def test_blocks_of_queries(
-    spec: Spec, positions: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("positions", [None, torch.arange(50)[None]], ids=["ordered", "positions"])
+def test_blocks_of_queries(spec: Spec, positions: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = randomised(spec), ids(50)
     whole = model(x, positions=positions)
     monkeypatch.setattr(attention, "BLOCK", 8)
-    torch.testing.assert_close(
-        model(x, positions=positions), whole, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(model(x, positions=positions), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -160,23 +139,16 @@ def test_dropout_zeroes_and_keeps_the_mean() -> None:
     torch.testing.assert_close(model(x, dropout=Dropout()), plain)
     for place in ("embed", "attn", "residual", "mlp"):
         torch.manual_seed(0)
-        assert (model(x, dropout=Dropout(**{place: 0.5})) - plain).abs().max() > 1e-2, (
-            place
-        )
+        assert (model(x, dropout=Dropout(**{place: 0.5})) - plain).abs().max() > 1e-2, place
     hidden = torch.ones(20_000)
-    assert torch.nn.functional.dropout(hidden, 0.3).mean() == pytest.approx(
-        1.0, abs=0.05
-    )
+    assert torch.nn.functional.dropout(hidden, 0.3).mean() == pytest.approx(1.0, abs=0.05)
 
 
 COMPILED = {
     "gqa, llama3 rope": tiny(rope=Rope(scaling=Llama3(8.0, 1.0, 4.0, 16))),
     "window": tiny(window=7),
     "sinks, experts": replace(
-        tiny(sinks=True),
-        pattern=(
-            Layer(tiny(sinks=True).layers[0].attn, Moe(4, 2, Mlp(16)), "sandwich"),
-        ),
+        tiny(sinks=True), pattern=(Layer(tiny(sinks=True).layers[0].attn, Moe(4, 2, Mlp(16)), "sandwich"),)
     ),
 }
 
@@ -189,12 +161,8 @@ def test_compiles_whole_and_once_for_all_lengths(name: str) -> None:
     model = randomised(COMPILED[name])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for length in (50, 33, 41, 20, 64):
-        torch.testing.assert_close(
-            compiled(ids(length)), model(ids(length)), atol=1e-4, rtol=1e-4
-        )
-    assert (
-        counters["stats"]["unique_graphs"] <= 2
-    )  # one for the first length, one for every other
+        torch.testing.assert_close(compiled(ids(length)), model(ids(length)), atol=1e-4, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] <= 2  # one for the first length, one for every other
     assert not counters["graph_break"]
 
 
@@ -224,7 +192,19 @@ print((peak() - before) / 1024)
 def test_16k_prefill_is_not_quadratic_in_memory(options: str, positions: str) -> None:
     """A 16,384 x 16,384 mask alone would be 256 MiB as bytes, the scores of one head 1,024 MiB."""
     code = LONG.format(options=options, positions=positions)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 240
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_short_texts_train_by_products_to_the_same_gradients(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(tiny(n_kv_heads=kv_heads))
+    found = []
+    for short in (attention.SHORT, {}):
+        monkeypatch.setattr(attention, "SHORT", short)
+        model.zero_grad()
+        loss = model(ids(40)).log_softmax(-1).square().mean()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
