@@ -21,9 +21,9 @@ class Command:
 
 COMMANDS = {
     "demo": Command("train a small Llama on this machine in about 90 seconds and let it write", "oneblock.demo:demo"),
-    "models": Command("the lineage, with exact parameter counts", "oneblock.plan.commands:models"),
-    "compare": Command("parameters, KV cache, FLOPs and memory, side by side", "oneblock.plan.commands:compare"),
-    "diff": Command("what changed from one architecture to another, in words", "oneblock.plan.commands:diff"),
+    "models": Command("the lineage, with exact parameter counts", "oneblock.lineage.commands:models"),
+    "compare": Command("parameters, KV cache, FLOPs and memory, side by side", "oneblock.lineage.commands:compare"),
+    "diff": Command("what changed from one architecture to another, in words", "oneblock.lineage.commands:diff"),
     "train": Command("train a model on your own text", "oneblock.train.commands:train"),
     "generate": Command("complete a prompt", "oneblock.infer.commands:generate"),
     "chat": Command("talk with a model in the terminal", "oneblock.infer.commands:chat"),

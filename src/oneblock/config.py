@@ -1,6 +1,6 @@
 """Dataclasses as flags and as TOML: one class is the flags of a command, its file and the record of its run.
 
-A field of a nested dataclass is a flag without prefix (`--lr`) and a key of its own table in TOML (`[optim]`, `lr = 1`).
+A field of a nested dataclass is a flag without prefix (`--lr`), and in TOML a key of its own table.
 A class with a field `config: Path | None` can be read from a file: `--config run.toml`, which other flags override.
 """
 
