@@ -14,12 +14,7 @@ from oneblock.model import mlp as m
 from oneblock.spec import Attention, Layer, Mlp, Moe, Norm, Positions, Rope, Spec
 
 BASE = Spec(
-    vocab=61,
-    dim=32,
-    n_layers=2,
-    pattern=(Layer(Attention(4, 2, 8, rope=Rope()), Mlp(48)),),
-    context=64,
-    norm=Norm(),
+    vocab=61, dim=32, n_layers=2, pattern=(Layer(Attention(4, 2, 8, rope=Rope()), Mlp(48)),), context=64, norm=Norm()
 )
 IDS = torch.arange(20)[None] % 61
 
@@ -35,22 +30,9 @@ def randomised(spec: Spec) -> Decoder:
 
 MOES = {
     "mixtral": Moe(4, 2, Mlp(16)),
-    "llama4": Moe(
-        4,
-        1,
-        Mlp(16),
-        score="sigmoid",
-        renormalize=False,
-        weigh_input=True,
-        shared=Mlp(24),
-    ),
+    "llama4": Moe(4, 1, Mlp(16), score="sigmoid", renormalize=False, weigh_input=True, shared=Mlp(24)),
     "qwen2": Moe(4, 3, Mlp(16), renormalize=False, shared=Mlp(24), shared_gate=True),
-    "gpt-oss": Moe(
-        4,
-        2,
-        Mlp(16, "quick_gelu", bias=True, limit=0.5, up_offset=1.0),
-        router_bias=True,
-    ),
+    "gpt-oss": Moe(4, 2, Mlp(16, "quick_gelu", bias=True, limit=0.5, up_offset=1.0), router_bias=True),
     "plain": Moe(3, 1, Mlp(10, "gelu", gated=False, bias=True)),
 }
 
@@ -67,18 +49,12 @@ def one_token(moe: m.Moe, x: torch.Tensor) -> torch.Tensor:
         weight = scores[i] / total
         h = x * weight if spec.weigh_input else x
 
-        def product(
-            w: torch.Tensor | None, b: torch.Tensor | None, h: torch.Tensor, i: int = i
-        ) -> torch.Tensor:
+        def product(w: torch.Tensor | None, b: torch.Tensor | None, h: torch.Tensor, i: int = i) -> torch.Tensor:
             assert w is not None
             return F.linear(h, w[i], None if b is None else b[i])
 
         gate = product(e.gate, e.gate_bias, h) if spec.expert.gated else None
-        y = product(
-            e.down,
-            e.down_bias,
-            m.activate(spec.expert, product(e.up, e.up_bias, h), gate),
-        )
+        y = product(e.down, e.down_bias, m.activate(spec.expert, product(e.up, e.up_bias, h), gate))
         out += y if spec.weigh_input else y * weight
     if moe.shared is not None:
         y = moe.shared(x)
@@ -88,9 +64,7 @@ def one_token(moe: m.Moe, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MOES)
 @pytest.mark.parametrize("grouped", [True, False])
-def test_experts_equal_one_token_at_a_time(
-    name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_equal_one_token_at_a_time(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not grouped:
         monkeypatch.setattr(m, "groupable", lambda *args: False)
     torch.manual_seed(0)
@@ -98,16 +72,12 @@ def test_experts_equal_one_token_at_a_time(
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 9, 32)
-    expected = torch.stack(
-        [one_token(moe, token) for token in x.flatten(0, 1)]
-    ).view_as(x)
+    expected = torch.stack([one_token(moe, token) for token in x.flatten(0, 1)]).view_as(x)
     torch.testing.assert_close(moe(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MOES)
-def test_grouped_and_looped_gradients_agree(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grouped_and_looped_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(BASE, pattern=(replace(BASE.pattern[0], mlp=MOES[name]),))
     model = randomised(spec)
 
@@ -123,21 +93,13 @@ def test_grouped_and_looped_gradients_agree(
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "residual", ["pre", "post", "sandwich", "output", "parallel", "parallel_two"]
-)
+@pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "output", "parallel", "parallel_two"])
 def test_where_the_norms_go(residual: str) -> None:
-    model = randomised(
-        replace(
-            BASE, n_layers=1, pattern=(replace(BASE.pattern[0], residual=residual),)
-        )
-    )  # type: ignore[arg-type]
+    model = randomised(replace(BASE, n_layers=1, pattern=(replace(BASE.pattern[0], residual=residual),)))  # type: ignore[arg-type]
     block = model.blocks[0]
     seen: dict[str, torch.Tensor] = {}
     for name in ("attn", "mlp"):
-        getattr(block, name).register_forward_hook(
-            lambda _, args, y, name=name: seen.update({name: y})
-        )
+        getattr(block, name).register_forward_hook(lambda _, args, y, name=name: seen.update({name: y}))
     step_input = {}
     block.register_forward_hook(lambda _, args, y: step_input.update(x=args[0], y=y))
     model(IDS)
@@ -151,11 +113,7 @@ def test_where_the_norms_go(residual: str) -> None:
         "parallel_two": lambda: x + attn + mlp,
     }[residual]()
     torch.testing.assert_close(y, expected)
-    norms = {
-        name
-        for name, _ in block.named_children()
-        if "weight" in dict(getattr(block, name).named_parameters())
-    }
+    norms = {name for name, _ in block.named_children() if "weight" in dict(getattr(block, name).named_parameters())}
     assert (
         norms
         == {
@@ -173,17 +131,12 @@ def test_a_tied_head_is_the_embedding() -> None:
     model = Decoder(replace(BASE, tied=True))
     assert model.head.weight is model.embed.weight
     assert "head.weight" in model.state_dict()
-    assert (
-        sum(p.numel() for p in model.parameters())
-        == sum(p.numel() for p in Decoder(BASE).parameters()) - 61 * 32
-    )
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in Decoder(BASE).parameters()) - 61 * 32
 
 
 def test_learned_positions_have_an_end() -> None:
     model = Decoder(replace(BASE, positions=Positions(16, offset=2)))
-    with pytest.raises(
-        OneblockError, match="20 tokens are over the model's 16 learned positions"
-    ):
+    with pytest.raises(OneblockError, match="20 tokens are over the model's 16 learned positions"):
         model(IDS)
 
 
@@ -202,9 +155,7 @@ def test_cross_attention_is_skipped_without_an_image() -> None:
     image = torch.randn(1, 5, 32)
     plain, seeing = model(IDS), model(IDS, image=image)
     assert (plain - seeing).abs().max() > 0.1
-    assert (
-        seeing - model(IDS, image=image.flip(1))
-    ).abs().max() < 1e-4  # a set of patches has no order
+    assert (seeing - model(IDS, image=image.flip(1))).abs().max() < 1e-4  # a set of patches has no order
     with torch.no_grad():
         model.blocks[1].attn_gate.zero_()
         model.blocks[1].mlp_gate.zero_()
@@ -230,29 +181,18 @@ def test_norms_compute_in_fp32_and_cast_where_they_say(kind: str, gain: str) -> 
         exact = h.bfloat16() * w.bfloat16() if gain == "after" else (h * w).bfloat16()
         assert torch.equal(norm(x), exact)
     else:
-        torch.testing.assert_close(
-            norm(x).float(), h * w.bfloat16().float(), atol=0.05, rtol=0.02
-        )
+        torch.testing.assert_close(norm(x).float(), h * w.bfloat16().float(), atol=0.05, rtol=0.02)
 
 
 def test_first_weights_depend_on_the_seed_alone() -> None:
-    spec = replace(
-        BASE,
-        pattern=(replace(BASE.pattern[0], mlp=MOES["gpt-oss"]),),
-        norm=Norm(offset=1.0),
-    )
+    spec = replace(BASE, pattern=(replace(BASE.pattern[0], mlp=MOES["gpt-oss"]),), norm=Norm(offset=1.0))
     one, same, other = Decoder(spec), Decoder(spec), Decoder(spec)
     for model, seed in ((one, 1), (same, 1), (other, 2)):
         init_weights(model, seed)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(one.parameters(), same.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.embed.weight, other.embed.weight)
     assert one.embed.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert one.blocks[0].attn.wo.weight.std().item() == pytest.approx(
-        0.02 / 2, rel=0.1
-    )  # 2 layers: sqrt(4)
+    assert one.blocks[0].attn.wo.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)  # 2 layers: sqrt(4)
     assert one.norm.weight.abs().max() == 0  # stored as gain - 1
 
 

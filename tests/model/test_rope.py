@@ -14,10 +14,7 @@ from oneblock.spec import Dynamic, Linear, Llama3, LongRope, Rope, Yarn
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-SHORT, LONG = (
-    tuple(1 + 0.1 * i for i in range(16)),
-    tuple(2 + 0.3 * i for i in range(16)),
-)
+SHORT, LONG = (tuple(1 + 0.1 * i for i in range(16)), tuple(2 + 0.3 * i for i in range(16)))
 GAIN = math.sqrt(1 + math.log(4) / math.log(64))
 CASES: list[tuple[str, Any, dict[str, Any], int]] = [
     ("linear", Linear(4.0), {"factor": 4.0}, 300),
@@ -26,85 +23,49 @@ CASES: list[tuple[str, Any, dict[str, Any], int]] = [
     (
         "llama3",
         Llama3(8.0, 1.0, 4.0, 64),
-        {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
         300,
     ),
-    (
-        "yarn",
-        Yarn(4.0, 64, gain=0.1 * math.log(4) + 1),
-        {"factor": 4.0, "original_max_position_embeddings": 64},
-        300,
-    ),
+    ("yarn", Yarn(4.0, 64, gain=0.1 * math.log(4) + 1), {"factor": 4.0, "original_max_position_embeddings": 64}, 300),
     (
         "yarn",
         Yarn(4.0, 64, fast=16.0, slow=2.0, truncate=False, gain=0.1 * math.log(4) + 1),
-        {
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-            "beta_fast": 16.0,
-            "beta_slow": 2.0,
-            "truncate": False,
-        },
+        {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
         300,
     ),
     (
         "longrope",
         LongRope(SHORT, LONG, 64, GAIN),
-        {
-            "factor": 4.0,
-            "short_factor": SHORT,
-            "long_factor": LONG,
-            "original_max_position_embeddings": 64,
-        },
+        {"factor": 4.0, "short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 64},
         64,
     ),
     (
         "longrope",
         LongRope(SHORT, LONG, 64, GAIN),
-        {
-            "factor": 4.0,
-            "short_factor": SHORT,
-            "long_factor": LONG,
-            "original_max_position_embeddings": 64,
-        },
+        {"factor": 4.0, "short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 64},
         65,
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "scaling", "values", "length"),
-    CASES,
-    ids=[f"{c[0]}-{c[3]}-{i}" for i, c in enumerate(CASES)],
+    ("kind", "scaling", "values", "length"), CASES, ids=[f"{c[0]}-{c[3]}-{i}" for i, c in enumerate(CASES)]
 )
-def test_frequencies_equal_transformers(
-    kind: str, scaling: Any, values: dict[str, Any], length: int
-) -> None:
+def test_frequencies_equal_transformers(kind: str, scaling: Any, values: dict[str, Any], length: int) -> None:
     config = transformers.LlamaConfig(
         hidden_size=64,
         num_attention_heads=2,
         max_position_embeddings=256,
         rope_parameters={"rope_type": kind, "rope_theta": 5000.0, **values},
     )
-    expected, gain = ROPE_INIT_FUNCTIONS[kind](
-        config, torch.device("cpu"), seq_len=length
-    )
-    freqs, our_gain = frequencies(
-        Rope(5000.0, scaling=scaling), 32, torch.arange(length)[None]
-    )
+    expected, gain = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
+    freqs, our_gain = frequencies(Rope(5000.0, scaling=scaling), 32, torch.arange(length)[None])
     torch.testing.assert_close(freqs.squeeze(), expected, atol=0, rtol=1e-6)
     assert our_gain == pytest.approx(gain)
 
 
 def test_llama3_with_a_step_instead_of_a_ramp() -> None:
-    freqs, _ = frequencies(
-        Rope(scaling=Llama3(16.0, 1.0, 1.0, 64)), 32, torch.arange(4)[None]
-    )
+    freqs, _ = frequencies(Rope(scaling=Llama3(16.0, 1.0, 1.0, 64)), 32, torch.arange(4)[None])
     plain, _ = frequencies(Rope(), 32, torch.arange(4)[None])
     turns = 64 * plain / (2 * math.pi)
     torch.testing.assert_close(freqs, torch.where(turns < 1, plain / 16, plain))
@@ -113,9 +74,7 @@ def test_llama3_with_a_step_instead_of_a_ramp() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [None, 8])
-def test_a_rotation_turns_pairs_and_leaves_the_rest(
-    interleaved: bool, dim: int | None
-) -> None:
+def test_a_rotation_turns_pairs_and_leaves_the_rest(interleaved: bool, dim: int | None) -> None:
     """Products of a query and a key depend on their distance alone; lengths are kept; later dimensions stay."""
     rope = Rope(dim=dim, interleaved=interleaved)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
@@ -136,21 +95,13 @@ def test_a_rotation_turns_pairs_and_leaves_the_rest(
 
 def test_rows_of_a_batch_scale_by_their_own_length() -> None:
     rope = Rope(scaling=Dynamic(4.0, 16))
-    together = rotary_table(
-        rope, 16, torch.stack((torch.arange(40), torch.arange(-20, 20)))
-    )[0]
-    torch.testing.assert_close(
-        together[0], rotary_table(rope, 16, torch.arange(40)[None])[0][0]
-    )
-    torch.testing.assert_close(
-        together[1, 20:], rotary_table(rope, 16, torch.arange(20)[None])[0][0]
-    )
+    together = rotary_table(rope, 16, torch.stack((torch.arange(40), torch.arange(-20, 20))))[0]
+    torch.testing.assert_close(together[0], rotary_table(rope, 16, torch.arange(40)[None])[0][0])
+    torch.testing.assert_close(together[1, 20:], rotary_table(rope, 16, torch.arange(20)[None])[0][0])
 
 
 def test_sinusoids() -> None:
     y = sinusoids(torch.tensor([[0, 3]]), 8)[0]
     assert y[0].tolist() == [0, 1] * 4
-    expected = [
-        f(3 / 10_000 ** (i / 8)) for i in (0, 2, 4, 6) for f in (math.sin, math.cos)
-    ]
+    expected = [f(3 / 10_000 ** (i / 8)) for i in (0, 2, 4, 6) for f in (math.sin, math.cos)]
     assert y[1].tolist() == pytest.approx(expected, abs=1e-6)

@@ -30,9 +30,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual = spec.residual
         self.attn = Attention(spec.attn, dim, norm)
-        self.mlp = (
-            Moe(spec.mlp, dim) if isinstance(spec.mlp, s.Moe) else Mlp(spec.mlp, dim)
-        )
+        self.mlp = Moe(spec.mlp, dim) if isinstance(spec.mlp, s.Moe) else Mlp(spec.mlp, dim)
 
         def norm_if(*residuals: str) -> nn.Module:
             return Norm(norm, dim) if spec.residual in residuals else nn.Identity()
@@ -58,9 +56,7 @@ class Block(nn.Module):
             return self.mlp_out(x + mlp(x))
         if self.residual in ("parallel", "parallel_two"):
             h = self.attn_in(x)
-            return (
-                x + attn(h) + mlp(h if self.residual == "parallel" else self.mlp_in(x))
-            )
+            return x + attn(h) + mlp(h if self.residual == "parallel" else self.mlp_in(x))
         x = x + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
         return x + gated(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
 
@@ -72,15 +68,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embed = nn.Embedding(spec.vocab + spec.embed_extra, spec.dim)
-        learned = spec.positions is not None and spec.positions.kind == "learned"
-        self.positions = (
-            nn.Embedding(spec.positions.length + spec.positions.offset, spec.dim)
-            if learned
-            else None
-        )
-        self.blocks = nn.ModuleList(
-            Block(layer, spec.dim, spec.norm) for layer in spec.layers
-        )
+        table = spec.positions if spec.positions and spec.positions.kind == "learned" else None
+        self.positions = nn.Embedding(table.length + table.offset, spec.dim) if table else None
+        self.blocks = nn.ModuleList(Block(layer, spec.dim, spec.norm) for layer in spec.layers)
         self.norm = Norm(spec.norm, spec.dim) if spec.final_norm else nn.Identity()
         self.head = nn.Linear(spec.dim, spec.vocab, bias=spec.head_bias)
         self.tie()
@@ -106,14 +96,7 @@ class Decoder(nn.Module):
         `image` (B, S, dim) is what cross-attention layers read; without it they are skipped, as in text-only use.
         `documents` (B, T) keeps attention inside each document of a packed row.
         """
-        x = self.hidden(
-            ids,
-            positions=positions,
-            cache=cache,
-            image=image,
-            documents=documents,
-            dropout=dropout,
-        )
+        x = self.hidden(ids, positions=positions, cache=cache, image=image, documents=documents, dropout=dropout)
         return self.logits(x)
 
     def hidden(
@@ -128,21 +111,13 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The stream after the last norm, (B, T, dim): `forward` without the product with the vocabulary."""
         start = 0 if cache is None else cache.length
-        ordered = (
-            positions is None
-            and documents is None
-            and not (cache is not None and cache.padded)
-        )
+        ordered = positions is None and documents is None and not (cache is not None and cache.padded)
         if positions is None:
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[
-                None
-            ]
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             self._check_length(start + ids.shape[1])
         if cache is not None:
             cache.begin(positions)
-        step = Step(
-            positions, ordered, start, cache, image, documents, dropout or Dropout()
-        )
+        step = Step(positions, ordered, start, cache, image, documents, dropout or Dropout())
         x = dropped(self.embedded(ids, positions), step.dropout.embed)
         for layer, block in enumerate(self.blocks):
             if image is None and self.spec.layers[layer].attn.cross:
@@ -155,16 +130,12 @@ class Decoder(nn.Module):
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block: (B, T) -> (B, T, dim)."""
         x = self.embed(ids)
-        if (
-            self.spec.embed_scale != 1.0
-        ):  # Gemma rounds the scale to the dtype of the weights
+        if self.spec.embed_scale != 1.0:  # Gemma rounds the scale to the dtype of the weights
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         table = self.spec.positions
         if self.positions is not None and table is not None:
             return x + self.positions(positions.clamp(min=0) + table.offset)
-        return (
-            x if table is None else x + sinusoids(positions, self.spec.dim).type_as(x)
-        )
+        return x if table is None else x + sinusoids(positions, self.spec.dim).type_as(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., dim) -> (..., vocab)."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from oneblock import spec as s
 from oneblock.model.step import Step, visible
@@ -23,66 +24,47 @@ def applies(q: Tensor, step: Step) -> bool:
     return q.is_cuda and q.shape[2] >= SMALLEST and not step.dropout.attn
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention, dynamic=True), torch.compile(
-        create_block_mask, dynamic=True
-    )
-
-
-def _cap(limit: float | None) -> Callable[..., Tensor] | None:
-    if limit is None:
-        return None
-    return lambda score, b, h, i, j: limit * torch.tanh(score / limit)
+@lru_cache(maxsize=2)
+def _kernels(compiled: bool) -> tuple[Any, Any]:
+    """Attention, and what builds its mask of blocks."""
+    if not compiled:
+        return flex_attention, create_block_mask
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: s.Attention,
-    step: Step,
-    layer: int,
-    sinks: Tensor | None,
-    compiled: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None, compiled: bool = True
 ) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D)."""
-    from torch.nn.attention.flex_attention import (
-        AuxRequest,
-        create_block_mask,
-        flex_attention,
-    )
-
-    kernel, blocks = _kernels() if compiled else (flex_attention, create_block_mask)
-    keys = step.key_positions(layer)
-
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        mask = visible(queries[b, i], keys_[b, j], a.window, a.chunk)
-        return (
-            mask if documents is None else mask & (documents[b, i] == documents[b, j])
-        )
-
-    batch = q.shape[0]
-    queries, keys_ = step.positions.expand(batch, -1), keys.expand(batch, -1)
-    documents = step.documents
-    block_mask = None
+    kernel, blocks = _kernels(compiled)
+    sizes = q.shape[0], None, q.shape[2], k.shape[2]
+    mask = None
     if not a.cross:
-        block_mask = step.shared(
-            "blocks",
-            a,
-            lambda: blocks(
-                sees, batch, None, q.shape[2], k.shape[2], device=q.device.type
-            ),
-        )
-
+        mask = step.shared("blocks", a, lambda: blocks(_sees(a, step, layer, q.shape[0]), *sizes, device=q.device.type))
     y, aux = kernel(
-        q, k, v, score_mod=_cap(a.softcap), block_mask=block_mask,
-        scale=a.scale or a.head_dim**-0.5, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+        q, k, v, score_mod=_cap(a.softcap), block_mask=mask, scale=a.scale or a.head_dim**-0.5,
+        enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=sinks is not None),
     )  # fmt: skip
     if sinks is None:
         return y
     return y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].type_as(
         y
     )  # one more term in the softmax's sum
+
+
+def _sees(a: s.Attention, step: Step, layer: int, batch: int) -> Callable[..., Tensor]:
+    """Whether query i of row b sees key j, for the kernel."""
+    queries, keys = (x.expand(batch, -1) for x in (step.positions, step.key_positions(layer)))
+    documents = step.documents
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        mask = visible(queries[b, i], keys[b, j], a.window, a.chunk)
+        return mask if documents is None else mask & (documents[b, i] == documents[b, j])
+
+    return sees
+
+
+def _cap(limit: float | None) -> Callable[..., Tensor] | None:
+    if limit is None:
+        return None
+    return lambda score, b, h, i, j: limit * torch.tanh(score / limit)

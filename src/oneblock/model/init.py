@@ -26,18 +26,8 @@ def init_weights(model: Decoder, seed: int) -> None:
         for key, p in module.named_parameters(recurse=False):
             if isinstance(module, Norm) and key == "weight":
                 continue
-            if (
-                isinstance(module, (nn.Linear, nn.Embedding, Experts))
-                and p.dim() > 1
-                and not key.endswith("bias")
-            ):
-                last = name.endswith((".wo", ".down")) or (
-                    isinstance(module, Experts) and key == "down"
-                )
-                p.copy_(
-                    torch.empty(p.shape).normal_(
-                        0.0, into_stream if last else STD, generator=generator
-                    )
-                )
+            if isinstance(module, (nn.Linear, nn.Embedding, Experts)) and p.dim() > 1 and not key.endswith("bias"):
+                last = name.endswith((".wo", ".down")) or (isinstance(module, Experts) and key == "down")
+                p.copy_(torch.empty(p.shape).normal_(0.0, into_stream if last else STD, generator=generator))
             else:
                 p.zero_()

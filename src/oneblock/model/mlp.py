@@ -54,9 +54,7 @@ class Experts(nn.Module):
         self.spec, self.n_experts = spec, n_experts
 
         def weight(n_out: int, n_in: int) -> nn.Parameter:
-            return nn.Parameter(
-                torch.empty(n_experts, n_out, n_in).normal_(std=n_in**-0.5)
-            )
+            return nn.Parameter(torch.empty(n_experts, n_out, n_in).normal_(std=n_in**-0.5))
 
         def bias(n_out: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(n_experts, n_out)) if spec.bias else None
@@ -70,9 +68,7 @@ class Experts(nn.Module):
         """Each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""
         ids = torch.arange(self.n_experts, device=x.device, dtype=expert.dtype)
         ends = torch.searchsorted(expert, ids, right=True).to(torch.int32)
-        product = (
-            grouped_product if groupable(x, self.up, self.down) else looped_product
-        )
+        product = grouped_product if groupable(x, self.up, self.down) else looped_product
 
         def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             y = product(h, weight.type_as(h), ends)
@@ -80,22 +76,14 @@ class Experts(nn.Module):
 
         gate = None if self.gate is None else linear(x, self.gate, self.gate_bias)
         h = activate(self.spec, linear(x, self.up, self.up_bias), gate)
-        return linear(
-            F.dropout(h, dropout) if dropout else h, self.down, self.down_bias
-        )
+        return linear(F.dropout(h, dropout) if dropout else h, self.down, self.down_bias)
 
 
 def groupable(x: Tensor, *weights: Tensor) -> bool:
     """torch's grouped product wants rows that are a multiple of 16 bytes, and where it is compiled or on GPUs bf16."""
-    aligned = all(
-        size * x.element_size() % 16 == 0 for w in weights for size in w.shape[1:]
-    )
+    aligned = all(size * x.element_size() % 16 == 0 for w in weights for size in w.shape[1:])
     any_dtype = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return (
-        hasattr(F, "grouped_mm")
-        and aligned
-        and (any_dtype or x.dtype == torch.bfloat16)
-    )
+    return hasattr(F, "grouped_mm") and aligned and (any_dtype or x.dtype == torch.bfloat16)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -116,11 +104,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def _looped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weight, ends = ctx.saved_tensors
-    return (
-        looped_product(grad, weight.transpose(1, 2), ends),
-        _outer_products(grad, x, ends),
-        None,
-    )
+    return (looped_product(grad, weight.transpose(1, 2), ends), _outer_products(grad, x, ends), None)
 
 
 @torch.library.custom_op("oneblock::outer_products", mutates_args=())
@@ -134,8 +118,7 @@ def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 looped_product.register_autograd(
-    _looped_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    _looped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 
 
@@ -158,24 +141,16 @@ class Moe(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weight (fp32) and the index of each token's top experts: (N, k) each."""
         logits = self.router(x).float()
-        scores = (
-            logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
-        )
+        scores = logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
         weight, index = scores.topk(self.spec.top_k, -1)
-        return (
-            weight / weight.sum(-1, keepdim=True) if self.spec.renormalize else weight
-        ), index
+        return (weight / weight.sum(-1, keepdim=True) if self.spec.renormalize else weight), index
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         shape, x = x.shape, x.flatten(0, -2)  # (N, dim)
         out = self.routed(x, dropout)
         if self.shared is not None:
             y = self.shared(x, dropout)
-            out = out + (
-                y
-                if self.shared_gate is None
-                else torch.sigmoid(self.shared_gate(x)) * y
-            )
+            out = out + (y if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * y)
         return out.view(shape)
 
     def routed(self, x: Tensor, dropout: float) -> Tensor:
@@ -188,7 +163,5 @@ class Moe(nn.Module):
             if self.spec.weigh_input
             else weight * self.experts(rows, expert, dropout)
         )
-        back = (
-            order.argsort()
-        )  # summing in the token's own order keeps the result the same from run to run
+        back = order.argsort()  # summing in the token's own order keeps the result the same from run to run
         return y[back].view(-1, self.spec.top_k, y.shape[-1]).sum(1)

@@ -23,12 +23,8 @@ class Norm(nn.Module):
         if self.spec.offset:
             gain = gain.float() + self.spec.offset
         if self.spec.kind == "layer":
-            return F.layer_norm(
-                x, gain.shape, gain.type_as(x), _cast(self.bias, x), eps
-            )
-        if (
-            self.spec.gain == "after" and x.dtype != torch.float32
-        ):  # in fp32 there is no cast to come before
+            return F.layer_norm(x, gain.shape, gain.type_as(x), _cast(self.bias, x), eps)
+        if self.spec.gain == "after" and x.dtype != torch.float32:  # in fp32 there is no cast to come before
             h = F.rms_norm(x, gain.shape, None, eps) * gain.type_as(x)
         else:
             h = F.rms_norm(x.float(), gain.shape, gain.float(), eps).type_as(x)

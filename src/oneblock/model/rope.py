@@ -13,9 +13,7 @@ from torch import Tensor
 from oneblock import spec as s
 
 
-def rotary_table(
-    rope: s.Rope, head_dim: int, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def rotary_table(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines at each position, fp32: (B, T) -> two of (B, T, R / 2).
 
     Where a scaling depends on the length of the text (dynamic, LongRoPE), the length is each row's own, so that a
@@ -29,9 +27,7 @@ def rotary_table(
 def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, float]:
     """Radians per position, (R / 2,) or (B, 1, R / 2) where rows differ, and the gain of cos and sin."""
     dim = rope.dim or head_dim
-    exponent = (
-        torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    )
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
     freqs = 1.0 / rope.theta**exponent
     match rope.scaling:
         case None:
@@ -39,9 +35,7 @@ def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor,
         case s.Linear(factor):
             return freqs / factor, 1.0
         case s.Dynamic(factor, context):
-            grown = factor * _length(positions).clamp(min=context) / context - (
-                factor - 1
-            )
+            grown = factor * _length(positions).clamp(min=context) / context - (factor - 1)
             return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponent, 1.0
         case s.Llama3(factor, low, high, context):
             return llama3(freqs, factor, low, high, context), 1.0
@@ -49,10 +43,7 @@ def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor,
             keep = 1 - yarn_ramp(yarn, rope.theta, dim, positions.device)
             return freqs / yarn.factor * (1 - keep) + freqs * keep, yarn.gain
         case s.LongRope(short, long, context, gain):
-            near, far = (
-                torch.tensor(x, device=positions.device, dtype=torch.float32)
-                for x in (short, long)
-            )
+            near, far = (torch.tensor(x, device=positions.device, dtype=torch.float32) for x in (short, long))
             return freqs / torch.where(_length(positions) > context, far, near), gain
 
 
@@ -61,9 +52,7 @@ def _length(positions: Tensor) -> Tensor:
     return positions.amax(-1)[:, None, None].float() + 1
 
 
-def llama3(
-    freqs: Tensor, factor: float, low: float, high: float, context: int
-) -> Tensor:
+def llama3(freqs: Tensor, factor: float, low: float, high: float, context: int) -> Tensor:
     """Keep what turns more than `high` times within the old context, stretch what turns less than `low` times."""
     turns = context * freqs / (2 * math.pi)
     if low == high:  # Llama 4 Scout: a step instead of a ramp
@@ -76,9 +65,7 @@ def yarn_ramp(yarn: s.Yarn, theta: float, dim: int, device: torch.device) -> Ten
     """0 where a dimension turns more than `fast` times within the old context, 1 below `slow` turns: (R / 2,)."""
 
     def dimension(turns: float) -> float:
-        return (
-            dim * math.log(yarn.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        )
+        return dim * math.log(yarn.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(yarn.fast), dimension(yarn.slow)
     if yarn.truncate:
@@ -86,10 +73,7 @@ def yarn_ramp(yarn: s.Yarn, theta: float, dim: int, device: torch.device) -> Ten
     first, last = max(first, 0), min(last, dim - 1)
     if first == last:
         last += 0.001  # avoids a division by zero, as the paper's code does
-    return (
-        (torch.arange(dim // 2, device=device, dtype=torch.float32) - first)
-        / (last - first)
-    ).clamp(0, 1)
+    return ((torch.arange(dim // 2, device=device, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -105,8 +89,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
     """The fixed embeddings of arXiv:1706.03762, section 3.5: (B, T) -> (B, T, dim), fp32."""
-    freqs = 10_000.0 ** (
-        -torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    )
+    freqs = 10_000.0 ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions[..., None].float() * freqs
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., :dim]

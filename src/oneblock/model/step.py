@@ -65,17 +65,13 @@ class Step:
     start: int = 0  # columns already in the cache
     cache: Cache | None = None
     image: Tensor | None = None  # (B, S_image, dim), what cross-attention reads
-    documents: Tensor | None = (
-        None  # (B, T), the document each token belongs to; attention stays inside it
-    )
+    documents: Tensor | None = None  # (B, T), the document each token belongs to; attention stays inside it
     dropout: Dropout = Dropout()
 
     def __post_init__(self) -> None:
         self._tables: dict[tuple[object, ...], Any] = {}
 
-    def rotary(
-        self, rope: s.Rope, head_dim: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def rotary(self, rope: s.Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines for this pass, (B, 1, T, R / 2), in the dtype of the queries."""
 
         def build() -> tuple[Tensor, Tensor]:
@@ -87,9 +83,7 @@ class Step:
     def sees(self, a: s.Attention, keys: int) -> Literal["all", "causal", "mask"]:
         """Which keys the queries see, where the shapes alone tell: all, the lower triangle, or ask `mask`."""
         queries = self.positions.shape[1]
-        near = (a.window is None or keys <= a.window) and (
-            a.chunk is None or self.start + queries <= a.chunk
-        )
+        near = (a.window is None or keys <= a.window) and (a.chunk is None or self.start + queries <= a.chunk)
         if a.cross or (self.ordered and near and queries == 1):
             return "all"
         return "causal" if self.ordered and near and keys == queries else "mask"
@@ -101,15 +95,11 @@ class Step:
             q, k = self.positions[:, rows], self.key_positions(layer)[:, cols]
             mask = visible(q[:, :, None], k[:, None, :], a.window, a.chunk)
             if self.documents is not None:
-                mask = mask & (
-                    self.documents[:, rows, None] == self.documents[:, None, cols]
-                )
+                mask = mask & (self.documents[:, rows, None] == self.documents[:, None, cols])
             return mask[:, None]
 
         if rows.stop - rows.start < self.positions.shape[1]:
-            return (
-                build()
-            )  # one of many blocks: keeping them all would be quadratic in memory
+            return build()  # one of many blocks: keeping them all would be quadratic in memory
         return self._once(("mask", a.window, a.chunk), build)
 
     def key_positions(self, layer: int) -> Tensor:
