@@ -28,7 +28,7 @@ def read_config(path: str | Path) -> tuple[Spec, dict[str, Any]]:
     try:
         config = text_side(read_json(path))
         if config.get("quantization_config"):
-            raise OneblockError("the weights are quantised, which is not supported; get the model in bf16, fp16 or fp32")
+            raise OneblockError("its weights are quantised, which is not supported; get the model in bf16 or fp32")
         if config.get("per_layer_config"):
             raise OneblockError("per_layer_config is not supported: this model cannot be loaded")
         return family_of(config).read(config), config

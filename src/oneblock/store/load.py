@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise OneblockError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code and is never opened; convert it where you trust it: "
+            f"{folder}: {pickles[0]} is a pickle, which could run code when opened; if you trust it, convert it: "
             f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained({str(folder)!r}).save_pretrained('converted')\""
         )
@@ -93,7 +92,9 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
 
 def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in where.values()):
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in where.values()
+    ):
         raise OneblockError(f"{index}: has no weight_map of tensors to files in this folder; get the file again")
     entries: dict[str, Entry] = {}
     for file in sorted(set(where.values())):
@@ -101,11 +102,15 @@ def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
             raise OneblockError(f"{folder / file}: is missing, though {INDEX} names it; get it again")
         for name, entry in read_header(folder / file).items():
             if name in entries:
-                raise OneblockError(f"{folder / file}: tensor {name!r} is in {entries[name].path.name} too; get both again")
+                raise OneblockError(
+                    f"{folder / file}: tensor {name!r} is in {entries[name].path.name} too; get both again"
+                )
             entries[name] = entry
     for name, file in where.items():
         if name not in entries or entries[name].path.name != file:
-            raise OneblockError(f"{folder / file}: tensor {name!r} is missing, though {INDEX} puts it there; get it again")
+            raise OneblockError(
+                f"{folder / file}: tensor {name!r} is missing, though {INDEX} puts it there; get it again"
+            )
     return entries
 
 
@@ -155,8 +160,8 @@ def _check(folder: Path, family: Family, match: Match, entries: dict[str, Entry]
     missing = [name for name in match.slots if name not in entries]
     if missing:
         raise OneblockError(
-            f"{folder}: tensor {missing[0]!r} is missing{_more(missing)}; the weights are incomplete, or config.json is "
-            f"another model's: get the folder again"
+            f"{folder}: tensor {missing[0]!r} is missing{_more(missing)}; the weights are incomplete, or config.json "
+            f"is another model's: get the folder again"
         )
     for name, slot in match.slots.items():
         entry = entries[name]
@@ -174,7 +179,7 @@ def _check(folder: Path, family: Family, match: Match, entries: dict[str, Entry]
     extra = [n for n in entries if n not in match.slots and n != head and not ignorable(n, family)]
     if extra:
         raise OneblockError(
-            f"{entries[extra[0]].path}: tensor {extra[0]!r} has no place in this {family.types[0]} model{_more(extra)}; "
+            f"{entries[extra[0]].path}: tensor {extra[0]!r} has no place in a {family.types[0]} model{_more(extra)}; "
             f"config.json may be another model's: get the folder again"
         )
 
@@ -240,5 +245,3 @@ def _assign(model: Decoder, tensors: dict[str, Tensor]) -> None:
         module, _, key = name.rpartition(".")
         setattr(model.get_submodule(module), key, nn.Parameter(tensor))
     model.tie()
-
-

@@ -172,4 +172,7 @@ def named(prefix: str, pairs: Mapping[str, str | Stored], ours: str = "blocks.{n
 
 def experts(disk: str, names: Iterable[str] = ("gate_proj", "up_proj", "down_proj")) -> dict[str, str]:
     """Rows for experts that are stored one by one."""
-    return {f"{disk}.{{e}}.{name}.weight": f"mlp.experts.{own}" for name, own in zip(names, ("gate", "up", "down"), strict=True)}
+    return {
+        f"{disk}.{{e}}.{name}.weight": f"mlp.experts.{own}"
+        for name, own in zip(names, ("gate", "up", "down"), strict=True)
+    }

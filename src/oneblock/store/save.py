@@ -58,7 +58,9 @@ def write_model(
     config = write_config(model.spec) if config is None else config
     family = family_of(config)
     if family.read(config) != model.spec:
-        raise OneblockError(f"{folder.name}: the configuration describes another model; save without one to have it made")
+        raise OneblockError(
+            f"{folder.name}: the configuration describes another model; save without one to have it made"
+        )
     tensors = dict(model.named_parameters())
     _write_weights(folder, _named(family, model, layout), tensors, max_shard_size)
     _write_json(folder / CONFIG, _with_dtype(config, model))
@@ -71,7 +73,9 @@ def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
     shapes = parameter_shapes(model)
     strange = shapes.keys() ^ parameter_shapes(on_meta(model.spec)).keys()
     if strange:
-        raise OneblockError(f"parameter {min(strange)!r} is not the spec's: merge or take off what was added, then save")
+        raise OneblockError(
+            f"parameter {min(strange)!r} is not the spec's: merge or take off what was added, then save"
+        )
     if layout is None or layout.family != family.types[0]:
         layout = Layout(family.types[0])
     tables = [slots(table, model.spec, shapes) for table in family.tables]
@@ -125,7 +129,7 @@ def _write_file(path: Path, slots: Slots, tensors: Mapping[str, Tensor]) -> None
         file.write(header)
         for slot in slots.values():
             for chunk in chunks(slot, tensors, _dtype(slot, tensors)):
-                file.write(memoryview(chunk.contiguous().view(-1).view(torch.uint8).numpy()))
+                file.write(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -44,14 +44,12 @@ class Reader:
         if entry.path not in self._maps:
             self._maps[entry.path] = mmap.mmap(self._file(entry.path).fileno(), 0, access=mmap.ACCESS_COPY)
         count = (entry.end - entry.start) // SIZES[entry.dtype]
-        flat = torch.frombuffer(
-            self._maps[entry.path], dtype=DTYPES[entry.dtype], count=count, offset=entry.start
-        )
+        flat = torch.frombuffer(self._maps[entry.path], dtype=DTYPES[entry.dtype], count=count, offset=entry.start)
         return flat.view(entry.shape)
 
     def fill(self, tensor: Tensor, entry: Entry, start: int) -> None:
         """Read a contiguous CPU tensor of the file's dtype from byte `start` of the stored one."""
-        memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        memory = tensor.view(-1).view(torch.uint8).numpy().data
         file, done = self._file(entry.path), 0
         file.seek(entry.start + start)
         while done < len(memory):

@@ -186,9 +186,10 @@ LLAMA4_NAMES = {
 
 # ------------------------------------------------------------------ Llama 3.2 Vision, text side
 
+MLLAMA_CROSSING = [3, 8, 13, 18, 23, 28, 33, 38]
 MLLAMA = LLAMA | {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32}
 MLLAMA |= {"num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5}
-MLLAMA |= {"max_position_embeddings": 131072, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38]}
+MLLAMA |= {"max_position_embeddings": 131072, "cross_attention_layers": None}
 
 
 def read_mllama(raw: Raw) -> Spec:
@@ -196,7 +197,7 @@ def read_mllama(raw: Raw) -> Spec:
     common = fields.sizes(f)
     f.only("head_dim", None, common["dim"] // common["n_heads"])
     given = f.layers("cross_attention_layers")
-    crossing = MLLAMA["cross_attention_layers"] if given is None else given
+    crossing = MLLAMA_CROSSING if given is None else given
     keywords = common | {"tied": False}  # the class never ties: its input has rows that its output has not
     return BUILD["mllama"](
         **keywords,

@@ -10,7 +10,9 @@ from oneblock.errors import OneblockError
 from oneblock.spec import Spec
 from oneblock.store.rules import Family, named
 
-CLASSES = {cls.__name__: cls for cls in (getattr(parts, name) for name in parts.__all__) if dataclasses.is_dataclass(cls)}
+CLASSES: dict[str, Any] = {
+    name: getattr(parts, name) for name in parts.__all__ if dataclasses.is_dataclass(getattr(parts, name))
+}
 
 
 def write_native(spec: Spec) -> dict[str, Any]:

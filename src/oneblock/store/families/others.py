@@ -48,13 +48,13 @@ def read_cohere2(raw: Raw) -> Spec:
     f = Fields(raw, COHERE2)
     common, every = fields.sizes(f, eps="layer_norm_eps"), f.whole("sliding_window_pattern")
     kinds = f.kinds("full_attention", "sliding_attention")
-    sliding = [k == "sliding_attention" for k in kinds] if kinds else [(i + 1) % every for i in range(common["n_layers"])]
+    kinds = kinds or ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(common["n_layers"])]
     return BUILD["cohere2"](
         **common,
         hidden=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common), interleaved=True),
         window=f.whole_or_none("sliding_window"),
-        sliding=tuple(bool(slides) for slides in sliding),
+        sliding=tuple(kind == "sliding_attention" for kind in kinds),
         attention_bias=f.flag("attention_bias"),
         logit_scale=f.number("logit_scale"),
     )

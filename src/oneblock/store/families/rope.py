@@ -44,7 +44,9 @@ def rope_from(
         raise OneblockError(f"partial_rotary_factor {part} is not supported, as this class rotates whole heads")
     dim = int(head_dim * part)
     if dim % 2 or not 0 < dim <= head_dim:
-        raise OneblockError(f"RoPE over {dim} of {head_dim} dimensions is not supported: it must be an even part; mend it")
+        raise OneblockError(
+            f"RoPE over {dim} of {head_dim} dimensions is not supported: it must be an even part; mend it"
+        )
     scaling = _scaling(kind, f, raw, dim)
     return Rope(_number(raw, "rope_theta"), None if dim == head_dim else dim, interleaved, scaling)
 
