@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as jsonlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -79,7 +78,8 @@ def models(options: Models) -> None:
     if options.json:
         print(jsonlib.dumps(rows, indent=1))
     else:
-        show(table.models(rows))
+        console = screen()
+        console.print(table.models(rows, console.width))
 
 
 def compare(options: Compare) -> None:
@@ -94,9 +94,10 @@ def compare(options: Compare) -> None:
     if options.json:
         print(jsonlib.dumps([table.json_row(c, costs[0]) for c in costs], indent=1))
     else:
-        show(table.comparison(costs, f"{options.gpus} x {options.gpu.upper()}", options.utilisation))
+        console = screen()
+        console.print(table.comparison(costs, f"{options.gpus} x {options.gpu.upper()}", options.utilisation))
         for note in notes(costs, options):
-            Console(highlight=False).print(f"[dim]{note}[/dim]")
+            console.print(f"[dim]{note}[/dim]")
 
 
 def cost(name: str, options: Compare) -> Costs:
@@ -110,7 +111,13 @@ def cost(name: str, options: Compare) -> Costs:
         options.utilisation,
         options.price,
     )
-    return Costs(name, model, plan(model, options.context, options.batch, options.dtype, options.image), run)
+    return Costs(label(name), model, plan(model, options.context, options.batch, options.dtype, options.image), run)
+
+
+def label(name_or_path: str) -> str:
+    """What stands above a column: a path's last telling part."""
+    path = Path(name_or_path)
+    return path.resolve().parent.name if path.name == "config.json" else path.name or path.resolve().name
 
 
 def notes(costs: list[Costs], options: Compare) -> list[str]:
@@ -134,13 +141,12 @@ def diff(options: Diff) -> None:
     if options.json:
         print(jsonlib.dumps([asdict(c) for c in changes], indent=1))
     elif changes:
-        show(table.changes(options.before, options.after, changes))
+        screen().print(table.changes(label(options.before), label(options.after), changes))
     else:
         print(f"{options.before} and {options.after} have the same architecture")
 
 
-def show(renderable: Any) -> None:
+def screen() -> Console:
+    """The terminal; a pipe has no width, so there nothing is cut short."""
     console = Console(highlight=False)
-    if not console.is_terminal and console.width < table.WIDTH:  # a pipe has no width: do not cut names short
-        console = Console(highlight=False, width=table.WIDTH)
-    console.print(renderable)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, table.WIDTH))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from oneblock.errors import OneblockError
@@ -25,9 +26,9 @@ PARTS = dict(
 
 def draw(costs: list[Costs], path: Path) -> None:
     """Write the picture; its kind follows from the file's ending (png, svg, pdf)."""
-    figure = Figure(figsize=(13, 4.6 + 0.7 * len(costs)), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(13, 4.6 + 0.7 * len(costs)), layout=layout, facecolor="white")
     axes = figure.subplots(2, 2)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # pyright: ignore[reportOptionalMemberAccess]
     _parts(axes[0, 0], costs)
     _cache(axes[0, 1], costs)
     _work(axes[1, 0], costs)
@@ -38,8 +39,8 @@ def draw(costs: list[Costs], path: Path) -> None:
         raise OneblockError(f"cannot write the picture {path}: {e}") from None
 
 
-def _bare(ax: Axes, title: str) -> None:
-    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+def _bare(ax: Axes, title: str, pad: float = 6) -> None:
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FAINT)
     ax.tick_params(colors=INK, labelsize=9, length=0, which="both")
@@ -74,7 +75,8 @@ def _cache(ax: Axes, costs: list[Costs]) -> None:
         values = [cache.kv_bytes(c.spec, n, itemsize) for n in lengths]
         made_for = [n <= c.spec.context for n in lengths]
         known = sum(made_for)
-        ax.plot(lengths[:known], values[:known], color=colour, lw=2, label=c.name)
+        width = 2 + 2.5 * (1 - (i + 1) / len(costs))  # thinner and thinner: equal caches stay visible
+        ax.plot(lengths[:known], values[:known], color=colour, lw=width, label=c.name)
         ax.plot(lengths[max(known - 1, 0) :], values[max(known - 1, 0) :], color=colour, lw=1.2, ls=":")
     ax.axvline(plan.context, color=FAINT, lw=1, zorder=0)
     ax.set_xscale("log", base=2)
@@ -94,7 +96,8 @@ def _bars(ax: Axes, costs: list[Costs], groups: dict[str, list[float]], form: Fu
         at = [g + (i - (len(costs) - 1) / 2) * height for g in range(len(groups))]
         values = [group[i] for group in groups.values()]
         bars = ax.barh(at, values, height * 0.9, color=COLOURS[i % len(COLOURS)], label=c.name)
-        ax.bar_label(bars, [form(v) for v in values], padding=3, fontsize=8, color=INK)
+        back = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.bar_label(bars, [form(v) for v in values], padding=4, fontsize=8, color=INK, bbox=back)
     ax.set_xscale("log")
     every = [v for group in groups.values() for v in group]
     ax.set_xlim(min(every) / 4, max(every) * 4)
@@ -125,6 +128,6 @@ def _memory(ax: Axes, costs: list[Costs]) -> None:
     for name in ("rtx-4090", "h100"):
         gpu = GPUS[name]
         ax.axvline(gpu.memory, color=INK, lw=0.8, ls="--", zorder=0)
-        ax.text(gpu.memory, 1.0, f" {size(gpu.memory)}", fontsize=8, color=INK, transform=ax.get_xaxis_transform())
-    _bare(ax, f"Memory, {plan.batch} x {plan.context:,} tokens, {plan.dtype}")
-    ax.title.set_position((0, 1.05))
+        at = ax.get_xaxis_transform()
+        ax.text(gpu.memory, 1.01, size(gpu.memory), fontsize=8, color=INK, ha="center", transform=at)
+    _bare(ax, f"Memory, {plan.batch} x {plan.context:,} tokens, {plan.dtype} (dashed: one GPU's)", pad=16)

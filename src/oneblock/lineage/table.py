@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from oneblock.plan import cache, params
 from oneblock.plan.words import Change
@@ -16,7 +17,7 @@ from oneblock.spec import Model, Spec
 if TYPE_CHECKING:
     from oneblock.lineage.commands import Costs
 
-WIDTH = 120
+WIDTH = 130
 
 # ------------------------------------------------------------------ numbers in a few characters
 
@@ -54,8 +55,8 @@ def duration(seconds: float) -> str:
 
 
 def ratio(x: float, first: float) -> str:
-    if first == 0:
-        return "" if x == 0 else "new"
+    if x == 0 or first == 0:
+        return "new" if x else ""
     times = x / first
     return f"{times:,.0f}x" if times >= 99.95 else f"{times:.3g}x"
 
@@ -85,29 +86,33 @@ def model_row(model: Model, spec: Spec) -> dict[str, Any]:
     }
 
 
-def models(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="The lineage", title_style="bold", title_justify="left")
-    for name in ("name", "model"):
-        table.add_column(name, no_wrap=True)
-    for name in ("parameters", "active", "layers", "width", "heads", "context", "vocab", "KV/token"):
-        table.add_column(name, justify="right", no_wrap=True)
+# Column, what a row says there; the last ones are left out where they do not fit.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "name": lambda r: f"[cyan]{r['name']}[/cyan]",
+    "parameters": lambda r: f"{r['params_total']:,}",
+    "active": lambda r: f"{r['params_active']:,}" if r["params_active"] != r["params_total"] else "[dim]all[/dim]",
+    "layers": lambda r: str(r["n_layers"]),
+    "width": lambda r: f"{r['dim']:,}",
+    "heads": lambda r: f"{r['n_heads']}/{r['n_kv_heads']} x {r['head_dim']}",
+    "context": lambda r: f"{r['context']:,}",
+    "KV/token": lambda r: size(r["kv_bytes_per_token"]),
+    "vocab": lambda r: f"{r['vocab']:,}",
+}
+
+
+def models(rows: list[dict[str, Any]], width: int) -> Table:
+    """The lineage in as many columns as `width` characters hold."""
+    cells = {name: [words(row) for row in rows] for name, words in COLUMNS.items()}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for name, column in cells.items():
+        width -= 2 + max(Text.from_markup(c).cell_len for c in (name, *column))
+        if width < 0:
+            break
+        table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
     for i, row in enumerate(rows):
-        sparse = row["params_active"] != row["params_total"]
-        table.add_row(
-            f"[cyan]{row['name']}[/cyan]",
-            row["title"],
-            f"{row['params_total']:,}",
-            f"{row['params_active']:,}" if sparse else "[dim]all[/dim]",
-            str(row["n_layers"]),
-            f"{row['dim']:,}",
-            f"{row['n_heads']}/{row['n_kv_heads']} x {row['head_dim']}",
-            f"{row['context']:,}",
-            f"{row['vocab']:,}",
-            size(row["kv_bytes_per_token"]),
-            end_section=i + 1 < len(rows) and rows[i + 1]["family"] != row["family"],
-        )
-    table.caption = "heads: query/KV x width; KV/token: bytes of keys and values a token adds, in bfloat16"
-    table.caption_justify = "left"
+        last = i + 1 < len(rows) and rows[i + 1]["family"] != row["family"]
+        table.add_row(*(column[i] for column in list(cells.values())[: len(table.columns)]), end_section=last)
+    table.caption = "heads: query/KV x width. KV/token: bytes of keys and values a token adds, 16-bit."
     return table
 
 
@@ -141,6 +146,9 @@ def metrics(costs: list[Costs], where: str, utilisation: float) -> Iterator[Metr
     yield Metric("bytes_decode", each, moved, size, lambda c: c.plan.bytes_decode)
     yield from _memory(p.batch, p.context, p.dtype)
     training = f"Training on {where} at {utilisation:.0%}"
+    each, law = "compute-optimal tokens, 20 a parameter", "compute-optimal tokens, fitted law"
+    yield Metric("optimal_tokens", training, each, count, lambda c: c.plan.optimal_tokens)
+    yield Metric("optimal_tokens_law", training, law, count, lambda c: c.plan.optimal_tokens_law)
     yield Metric("tokens", training, "tokens", count, lambda c: c.run.tokens)
     yield Metric("train_flops", training, "work", work, lambda c: c.run.flops)
     yield Metric("seconds", training, "time", duration, lambda c: c.run.seconds, bold=True)
@@ -177,7 +185,7 @@ def _memory(batch: int, context: int, dtype: str) -> Iterator[Metric]:
 
 def comparison(costs: list[Costs], where: str, utilisation: float) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for i, c in enumerate(costs):
         table.add_column(f"[cyan]{c.name}[/cyan]", justify="right", no_wrap=True)
         if i:

@@ -135,9 +135,9 @@ def attention_activations(a: Attention) -> int:
 
 
 def mlp_activations(m: Mlp | Moe, dim: int) -> int:
-    """Gated: gate, act(gate), up and their product; plain: before and after the activation."""
+    """Gated: gate, act(gate), up and their product; plain: before and after the activation. ReLU needs only after."""
     if isinstance(m, Mlp):
-        return (4 if m.gated else 2) * m.hidden
+        return ((4 if m.gated else 2) - (m.act == "relu")) * m.hidden
     routed = m.top_k * (mlp_activations(m.expert, dim) + 2 * dim)  # a copy of the token goes in, an answer comes out
     shared = mlp_activations(m.shared, dim) if m.shared else 0
     return routed + shared + m.n_experts + m.shared_gate * dim

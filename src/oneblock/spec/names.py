@@ -65,7 +65,7 @@ def spec(name: str, **changes: Any) -> Spec:
     model = MODELS.get(name.lower())
     family = model.family if model else name.lower().replace("-", "_")
     if family not in FAMILIES:
-        raise OneblockError(_unknown("model", name, (*MODELS, *FAMILIES)) + "; `oneblock models` lists them")
+        raise OneblockError(_unknown("model", name, (*MODELS, *FAMILIES)) + " (oneblock models lists them)")
     build = FAMILIES[family]
     known = inspect.signature(build).parameters
     for key in changes:

@@ -1,0 +1,123 @@
+"""Names, families and their keywords."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import oneblock.spec as package
+from oneblock.errors import OneblockError
+from oneblock.spec import FAMILIES, MODELS, Linear, Rope, Spec, spec
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_builds_and_is_hashable(name: str):
+    built = spec(name)
+    assert built == spec(name) and hash(built) == hash(spec(name))
+    assert len(built.layers) == built.n_layers
+    assert built.n_layers >= len(built.pattern)
+    for layer in built.layers:
+        assert layer.attn.n_heads % layer.attn.n_kv_heads == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_a_tiny_model_by_default(family: str):
+    tiny = FAMILIES[family]()
+    assert isinstance(tiny, Spec)
+    assert tiny.dim <= 64 and tiny.n_layers <= 6 and tiny.vocab == 256
+
+
+def changed(name: str, value: Any, n_layers: int) -> Any:
+    """Another value of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case None:
+            return {"n_kv_heads": 2, "rope": Rope(7.0), "chunked": (False,)}.get(name, 48)
+        case int():
+            return 2 if name == "n_heads" else value * 2
+        case float():
+            return value / 2
+        case str():
+            return "relu2"
+        case Rope():
+            return replace(value, scaling=Linear(3.0))
+        case tuple() if all(isinstance(x, bool) for x in value):
+            return tuple(not x for x in value) if len(set(value)) > 1 or n_layers == 1 else (value[0], not value[0])
+        case tuple():
+            return tuple(2 * x for x in value)
+    raise AssertionError(f"{name}={value!r}")
+
+
+# Keywords that say something only where another has been given too.
+SOME = {"sparse": (False, True)}
+NEEDS: dict[str, dict[str, Any]] = {"sliding": {"window": 16}, "hidden": SOME, "hidden_dense": SOME}
+
+
+@pytest.mark.parametrize(
+    ("family", "keyword"), [(f, k) for f, build in FAMILIES.items() for k in inspect.signature(build).parameters]
+)
+def test_every_keyword_changes_the_spec(family: str, keyword: str):
+    build = FAMILIES[family]
+    known = inspect.signature(build).parameters
+    first = {k: v for k, v in NEEDS.get(keyword, {}).items() if k in known}
+    base = build(**first)
+    value = changed(keyword, known[keyword].default, base.n_layers)
+    assert build(**{**first, keyword: value}) != base
+
+
+def test_changes_apply_to_a_model():
+    assert spec("gpt2", n_layers=2) == replace(spec("gpt2"), n_layers=2)
+    assert spec("Llama-3-8B") == spec("llama-3-8b")
+    assert spec("gpt-oss").pattern == FAMILIES["gpt_oss"]().pattern
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("llama3-8b", {}, "did you mean 'llama-3-8b'"),
+        ("gema2", {}, "did you mean 'gemma2'"),
+        ("llama-3-8b", {"n_layer": 2}, "unknown llama keyword 'n_layer': did you mean 'n_layers'"),
+        ("zzzzzzzz", {}, "unknown model 'zzzzzzzz' "),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(name: str, changes: dict[str, Any], says: str):
+    with pytest.raises(OneblockError, match=says):
+        spec(name, **changes)
+
+
+def test_the_package_can_be_called():
+    call: Any = package
+    assert call("llama", dim=32, n_heads=2) == spec("llama", dim=32, n_heads=2)
+
+
+def test_neither_spec_nor_plan_imports_torch():
+    code = "import sys, oneblock.spec, oneblock.plan; sys.exit(bool({'torch', 'numpy', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_layers_that_differ_are_where_they_should_be():
+    gemma = spec("gemma-3-1b").layers
+    assert [i for i, x in enumerate(gemma) if x.attn.window is None] == [5, 11, 17, 23]
+    vision = spec("llama-3.2-11b-vision").layers
+    assert [i for i, x in enumerate(vision) if x.attn.cross] == [3, 8, 13, 18, 23, 28, 33, 38]
+    assert all(x.gated == x.attn.cross == (x.attn.rope is None) for x in vision)
+    scout = spec("llama-4-scout").layers
+    assert [i for i, x in enumerate(scout) if x.attn.rope is None] == list(range(3, 48, 4))
+    assert all((x.attn.chunk is None) == (x.attn.rope is None) == (x.attn.qk_norm is None) for x in scout)
+    smol = spec("smollm3-3b").layers
+    assert [i for i, x in enumerate(smol) if x.attn.rope is None] == list(range(3, 36, 4))
+    oss = spec("gpt-oss-20b").layers
+    assert [x.attn.window for x in oss[:4]] == [128, None, 128, None]
+    assert [x.attn.window for x in spec("gpt3-175b").layers[:4]] == [None, 256, None, 256]
+    assert [x.attn.window for x in spec("gpt3-175b", band=64).layers[:4]] == [None, 64, None, 64]
+
+
+def test_scores_shrink_with_depth_in_the_gpt2_that_asks_for_it():
+    scales = [x.attn.scale for x in spec("gpt2", scale_by_depth=True, n_layers=3).layers]
+    assert scales == pytest.approx([1 / 8, 1 / 16, 1 / 24])
+    assert spec("gpt2", scaled=False).pattern[0].attn.scale == 1.0
+    assert spec("gpt2").pattern[0].attn.scale is None
