@@ -21,10 +21,11 @@ def read_config(path: str | Path) -> tuple[Spec, dict[str, Any]]:
     one of its settings is not known.
     """
     path = Path(path)
-    path = path / CONFIG if path.is_dir() else path
     if not path.exists():
-        where = "there is no such folder or file" if not path.parent.exists() else f"has no {CONFIG}"
-        raise OneblockError(f"{path.parent if path.name == CONFIG else path}: {where}; give a model's folder")
+        raise OneblockError(f"{path}: there is no such folder or file; give a model's folder")
+    if path.is_dir() and not (path / CONFIG).exists():
+        raise OneblockError(f"{path}: has no {CONFIG}; give a model's folder")
+    path = path / CONFIG if path.is_dir() else path
     try:
         config = text_side(read_json(path))
         if config.get("quantization_config"):
