@@ -1,13 +1,16 @@
 """oneblock models, compare and diff, through the command line."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from oneblock.cli import main
-from oneblock.lineage import spec_of
+from oneblock.lineage import spec_of, table
+from oneblock.lineage.commands import Compare, cost
 from oneblock.lineage.table import count, duration, money, ratio, size, work
 from oneblock.spec import MODELS, spec
 
@@ -68,10 +71,6 @@ def test_models_as_a_table(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_narrow_screen_shows_fewer_columns(capsys: pytest.CaptureFixture[str]):
-    from rich.console import Console
-
-    from oneblock.lineage import table
-
     shown = [table.model_row(m, spec(m.name)) for m in MODELS.values()]
     assert len(table.models(shown, 200).columns) == len(table.COLUMNS)
     narrow = Console(width=60)
@@ -105,6 +104,18 @@ def test_options_reach_the_figures(capsys: pytest.CaptureFixture[str]):
     (image,) = rows(capsys, "compare", "llama-3.2-11b-vision", "--image", "6404", "--tokens", "1e9")
     assert image["run"]["tokens"] == 1e9
     assert image["kv_bytes"] == 8192 * 131072 + 8 * 4096 * 6404
+
+
+def test_a_narrow_screen_shows_several_tables():
+    options = Compare(("gpt2", "llama-3-8b", "gemma-3-27b", "gpt-oss-20b"))
+    costs = [cost(name, options) for name in options.names]
+    assert len(table.comparisons(costs, "8 x H100", 0.4, 200)) == 1
+    narrow = table.comparisons(costs, "8 x H100", 0.4, 80)
+    assert len(narrow) == 3
+    for each, name in zip(narrow, options.names[1:], strict=True):
+        out = io.StringIO()
+        Console(width=80, file=out).print(each)
+        assert "gpt2" in out.getvalue() and name in out.getvalue() and "…" not in out.getvalue()
 
 
 def test_compare_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -95,7 +95,9 @@ def compare(options: Compare) -> None:
         print(jsonlib.dumps([table.json_row(c, costs[0]) for c in costs], indent=1))
     else:
         console = screen()
-        console.print(table.comparison(costs, f"{options.gpus} x {options.gpu.upper()}", options.utilisation))
+        where = f"{options.gpus} x {options.gpu.upper()}"
+        for each in table.comparisons(costs, where, options.utilisation, console.width):
+            console.print(each)
         for note in notes(costs, options):
             console.print(f"[dim]{note}[/dim]")
 

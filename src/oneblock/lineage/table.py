@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -146,10 +147,10 @@ def metrics(costs: list[Costs], where: str, utilisation: float) -> Iterator[Metr
     yield Metric("bytes_decode", each, moved, size, lambda c: c.plan.bytes_decode)
     yield from _memory(p.batch, p.context, p.dtype)
     training = f"Training on {where} at {utilisation:.0%}"
-    each, law = "compute-optimal tokens, 20 a parameter", "compute-optimal tokens, fitted law"
-    yield Metric("optimal_tokens", training, each, count, lambda c: c.plan.optimal_tokens)
+    law = "optimal tokens, fitted law"
+    yield Metric("optimal_tokens", training, "optimal tokens, 20 to 1", count, lambda c: c.plan.optimal_tokens)
     yield Metric("optimal_tokens_law", training, law, count, lambda c: c.plan.optimal_tokens_law)
-    yield Metric("tokens", training, "tokens", count, lambda c: c.run.tokens)
+    yield Metric("tokens", training, "tokens trained on", count, lambda c: c.run.tokens)
     yield Metric("train_flops", training, "work", work, lambda c: c.run.flops)
     yield Metric("seconds", training, "time", duration, lambda c: c.run.seconds, bold=True)
     yield Metric("dollars", training, "cost", money, lambda c: c.run.dollars, bold=True)
@@ -181,6 +182,17 @@ def _memory(batch: int, context: int, dtype: str) -> Iterator[Metric]:
     yield Metric("training_total", train, "total", size, lambda c: c.plan.training.total, bold=True)
     total = "total, checkpointed"
     yield Metric("training_checkpointed_total", train, total, size, lambda c: c.plan.training_checkpointed.total)
+
+
+def comparisons(costs: list[Costs], where: str, utilisation: float, width: int) -> list[Table]:
+    """One table, or several where one would be wider than `width`; the first model is in each."""
+    first, others = costs[0], costs[1:]
+    for n in range(len(others), 0, -1):
+        groups = [[first, *others[i : i + n]] for i in range(0, len(others), n)]
+        tables = [comparison(group, where, utilisation) for group in groups]
+        if n == 1 or all(Console(width=10_000).measure(t).maximum <= width for t in tables):
+            return tables
+    return [comparison(costs, where, utilisation)]
 
 
 def comparison(costs: list[Costs], where: str, utilisation: float) -> Table:
