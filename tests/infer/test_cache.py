@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from oneblock.infer.cache import KVCache
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES, Spec

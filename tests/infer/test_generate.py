@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from oneblock.errors import OneblockError
 from oneblock.infer.generate import Request, Texts, check, context_limit, events, room
 from oneblock.infer.sample import Sampling

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oneblock.errors import OneblockError
 from oneblock.infer.sample import (
     Counts,

@@ -1,0 +1,232 @@
+"""`oneblock generate` and `oneblock chat`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from tyro.conf import Positional
+
+from oneblock.errors import OneblockError
+
+if TYPE_CHECKING:
+    from oneblock.infer.chat import Conversation
+    from oneblock.infer.llm import LLM, Completion
+
+HELP = """\
+/reset      forget everything said so far
+/save FILE  write the conversation to a file
+/help       this
+/quit       leave (or Ctrl-D); Ctrl-C stops a reply, twice leaves"""
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How tokens are chosen. What is left out is as the model's generation_config.json has it, else without effect."""
+
+    temperature: float | None = None  # 0: always the likeliest token; 1: the model's own distribution
+    top_k: int | None = None  # choose among this many of the likeliest; 0: all
+    top_p: float | None = None  # among the fewest that have this much of the probability
+    min_p: float | None = None  # among those at least this likely, relative to the likeliest
+    repetition_penalty: float | None = None  # above 1: fewer tokens that prompt or reply already have
+    presence_penalty: float | None = None  # subtracted from the logits of tokens the reply has
+    frequency_penalty: float | None = None  # the same, times how often
+    seed: int | None = None  # the same seed gives the same reply
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which model, and how it is held."""
+
+    model: Positional[str]  # a model's folder, or its org/name on the hub
+    dtype: str | None = None  # float32, bfloat16 or float16; left out: as it is stored
+    device: str = "cpu"  # cpu, cuda, cuda:1, ..
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Complete a prompt."""
+
+    loading: Loading
+    prompt: str | None = None  # the text to go on with; left out: read from standard input
+    ids: tuple[int, ...] = ()  # the prompt as token ids, for a model without a tokenizer
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()  # texts that end the reply
+    ignore_eos: bool = False  # go on when the model would end
+    choosing: Choosing = field(default_factory=Choosing)
+    stream: bool = True  # show the text while it grows
+    json: bool = False  # print text, ids, log-probabilities and times as JSON
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk with a model in the terminal."""
+
+    loading: Loading
+    system: str | None = None  # what the model is told before the conversation
+    max_tokens: int = 1024  # of one reply
+    choosing: Choosing = field(default_factory=Choosing)
+
+
+def opened(loading: Loading) -> LLM:
+    from oneblock.infer.llm import load
+
+    return load(loading.model, loading.dtype, loading.device)
+
+
+# ------------------------------------------------------------------ generate
+
+
+def generate(options: GenerateOptions) -> None:
+    prompt = asked(options)
+    llm = opened(options.loading)
+    chosen: dict[str, Any] = {
+        "max_tokens": options.max_tokens,
+        "stop": options.stop,
+        "ignore_eos": options.ignore_eos,
+        **asdict(options.choosing),
+    }
+    if options.json:
+        start = time.perf_counter()
+        print_json(llm.generate(prompt, **chosen), prompt, time.perf_counter() - start)
+        return
+    if options.stream:
+        pieces = llm.stream(prompt, **chosen) if llm.tokenizer else (f"{i} " for i in llm.stream_ids(prompt, **chosen))
+    else:
+        pieces = iter([str(llm.generate(prompt, **chosen))])
+    screen = Console(highlight=False)
+    if screen.is_terminal and isinstance(prompt, str):
+        screen.print(escape(prompt), end="", style="dim", soft_wrap=True)
+    show(pieces)
+    print()
+
+
+def asked(options: GenerateOptions) -> str | list[int]:
+    """The prompt: a flag, ids, or all of standard input."""
+    if options.prompt is not None and options.ids:
+        raise OneblockError("give the prompt once: as --prompt or as --ids")
+    if options.ids:
+        return list(options.ids)
+    if options.prompt is not None:
+        return options.prompt
+    if sys.stdin.isatty():
+        raise OneblockError('no prompt: give --prompt "Once upon a time", or a text on standard input')
+    return sys.stdin.read()
+
+
+def show(pieces: Iterator[str]) -> str:
+    """Write pieces as they come, and return them all."""
+    shown = ""
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        shown += piece
+    return shown
+
+
+def print_json(found: Completion, prompt: str | list[int], seconds: float) -> None:
+    row = asdict(found)
+    tokens = {"prompt_tokens": len(row.pop("prompt_ids")), "seconds": round(seconds, 3)}
+    del row["top_logprobs"]
+    print(json.dumps({"prompt": prompt, **row, **tokens}, ensure_ascii=False))
+
+
+# ------------------------------------------------------------------ chat
+
+
+def chat(options: ChatOptions) -> None:
+    from oneblock.infer.chat import Conversation
+
+    screen = Console(highlight=False)
+    llm = opened(options.loading)
+    if llm.tokenizer is None:
+        raise OneblockError(f"{options.loading.model} has no tokenizer to talk with: use oneblock generate --ids")
+    request = llm.request(max_tokens=options.max_tokens, **asdict(options.choosing))
+    conversation = Conversation(llm, request, options.system)
+    if screen.is_terminal:
+        screen.print(f"[bold]{escape(options.loading.model)}[/]  [dim]/help lists the commands[/]")
+    if not conversation.templated:
+        Console(stderr=True, highlight=False).print(
+            "[dim]This model has no chat template: it was made to go on with a text, and does so with what you write.[/]",
+            soft_wrap=True,
+        )
+    talk(conversation, screen)
+
+
+def talk(conversation: Conversation, screen: Console) -> None:
+    """Lines in, replies out, until the end of input, /quit, or two interrupts in a row."""
+    with suppress(ImportError):  # a history and arrow keys, where Python has them
+        importlib.import_module("readline")
+    interrupted = False
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() and screen.is_terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                return
+            interrupted = True
+            screen.print("\n[dim]Ctrl-C again, or Ctrl-D, leaves[/]")
+            continue
+        interrupted = False
+        if line.startswith("/"):
+            if not command(line, conversation, screen):
+                return
+        elif line:
+            interrupted = not answer(line, conversation, screen)
+
+
+def command(line: str, conversation: Conversation, screen: Console) -> bool:
+    """Carry out a /command; False: leave."""
+    name, _, argument = line.partition(" ")
+    match name:
+        case "/quit" | "/exit":
+            return False
+        case "/reset":
+            conversation.reset()
+            screen.print("[dim]forgotten[/]")
+        case "/save":
+            save(conversation, argument.strip(), screen)
+        case "/help":
+            screen.print(HELP, markup=False)
+        case _:
+            screen.print(f"unknown command {name}; /help lists them", markup=False)
+    return True
+
+
+def save(conversation: Conversation, path: str, screen: Console) -> None:
+    """The turns as JSON, in the form that chat templates and training files take."""
+    if not path:
+        screen.print("say where to: /save FILE", markup=False)
+        return
+    try:
+        Path(path).expanduser().write_text(json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        screen.print(f"could not write {path}: {error.strerror}", markup=False)
+        return
+    screen.print(f"{len(conversation.messages)} messages written to {path}", markup=False)
+
+
+def answer(line: str, conversation: Conversation, screen: Console) -> bool:
+    """Show the reply as it comes; False where it was interrupted."""
+    reply = conversation.say(line)
+    try:
+        show(reply)
+        print()
+    except KeyboardInterrupt:
+        reply.close()  # pyright: ignore[reportAttributeAccessIssue]
+        screen.print("\n[dim](stopped)[/]")
+        return False
+    except OneblockError as error:
+        screen.print(f"error: {error} (or /reset)", markup=False, soft_wrap=True)
+    return True

@@ -1,0 +1,249 @@
+"""A loaded model: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
+
+from oneblock import store
+from oneblock.errors import OneblockError
+from oneblock.infer.generate import Event, Request, Texts, check, events, room
+from oneblock.infer.sample import Choices, Sampling
+from oneblock.infer.stop import Detokenizer, Finish
+from oneblock.model import Decoder
+from oneblock.spec import Spec
+from oneblock.store.rules import Layout
+from oneblock.store.save import write_model
+from oneblock.text import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Ids: TypeAlias = "list[int]"
+Prompts: TypeAlias = "str | Ids | list[str] | list[Ids]"
+Message: TypeAlias = "dict[str, Any]"
+
+MAX_TOKENS = 256
+CONTEXT_OF_TEXT = 8  # prompt tokens that the reply's detokenizer sees first: a reply may begin in the middle of a word
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "encoder.json", "*.tiktoken")
+
+
+class Options(Choices, total=False):
+    """What `generate`, `stream` and `chat` take, besides how to choose a token."""
+
+    max_tokens: int | None  # default 256; None: as many as the context holds
+    stop: str | Sequence[str]  # texts that end the reply and are not part of it
+    stop_ids: Sequence[int]  # ids that end it, besides the model's own
+    ignore_eos: bool  # go on past the model's own
+    seed: int | Sequence[int] | None  # prompt i of a list draws from seed + i; a list gives each its own
+    top_logprobs: int  # also give this many of the likeliest tokens at each place
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A reply. `ids` has every token, the one that stopped it included; `text` has what may be shown."""
+
+    text: str | None  # None: the model has no tokenizer
+    ids: list[int]
+    logprobs: list[float]  # of each id in the model's own distribution, before temperature, penalties and cuts
+    finish_reason: Finish
+    prompt_ids: list[int] = field(repr=False, default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(repr=False, default_factory=list)
+
+    def __str__(self) -> str:
+        return str(self.ids) if self.text is None else self.text
+
+
+class LLM:
+    """A model, its tokenizer, and the habits its folder records (`generation_config.json`)."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        config: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        layout: Layout | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.config, self.generation = dict(config or {}), dict(generation or {})
+        self._layout = layout  # how the folder named and split its tensors
+
+    def __repr__(self) -> str:
+        spec, weight = self.spec, self.model.embed.weight
+        return f"LLM({spec.n_layers} layers of {spec.dim}, vocabulary {spec.vocab}, {weight.dtype}, {weight.device})"
+
+    @property
+    def spec(self) -> Spec:
+        return self.model.spec
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids with which the model ends a text, as tokenizer and folder know them."""
+        found = set(self.tokenizer.eos_ids) if self.tokenizer else set()
+        for source in (self.config, self.generation):
+            ids = source.get("eos_token_id")
+            found.update([ids] if isinstance(ids, int) else ids or [])
+        return frozenset(found)
+
+    # ------------------------------------------------------------------ text to ids
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's ids; an empty text is the token that begins one. Ids stay as they are."""
+        if not isinstance(prompt, str):
+            return [int(i) if hasattr(i, "__index__") and not isinstance(i, bool) else i for i in prompt]
+        if self.tokenizer is None:
+            raise OneblockError("the model's folder has no tokenizer: give the prompt as a list of ids")
+        ids = self.tokenizer.encode(prompt)
+        return ids or ([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id])
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer | None:
+        """Ids to text for what follows the prompt: spaces between words are kept, half characters completed."""
+        if self.tokenizer is None:
+            return None
+        stream = self.tokenizer.stream()
+        for id in prompt[-CONTEXT_OF_TEXT:]:
+            stream.push(id)
+        return stream
+
+    def request(self, rows: int = 1, **options: Unpack[Options]) -> Request:
+        """The options checked, with the model's own defaults where nothing is asked for."""
+        known = Options.__annotations__.keys() | Choices.__annotations__.keys()
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            raise TypeError(f"unknown argument {unknown!r}; known: {', '.join(sorted(known))}")
+        stop = options.get("stop") or ()
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if self.tokenizer is None and any(stop):
+            raise OneblockError("stop texts need a tokenizer, which the model's folder lacks: use stop_ids")
+        eos = frozenset() if options.get("ignore_eos", False) else self.eos_ids
+        return Request(
+            sampling=self._sampling(options),
+            max_tokens=options.get("max_tokens", MAX_TOKENS),
+            stop_ids=eos | frozenset(options.get("stop_ids") or ()),
+            stop=stop,
+            seeds=_seeds(options.get("seed"), rows),
+            logprobs=options.get("top_logprobs", 0),
+        )
+
+    def _sampling(self, options: Mapping[str, Any]) -> Sampling:
+        names = ["repetition_penalty"]
+        if self.generation.get("do_sample"):
+            names += ["temperature", "top_k", "top_p", "min_p"]
+        own = {name: self.generation.get(name) for name in names}
+        asked = {name: options.get(name) for name in Choices.__annotations__}
+        chosen = {name: value for values in (own, asked) for name, value in values.items() if value is not None}
+        return Sampling(**chosen)
+
+    # ------------------------------------------------------------------ generate
+
+    @overload
+    def generate(self, prompts: str | list[int], **options: Unpack[Options]) -> Completion: ...
+
+    @overload
+    def generate(self, prompts: list[str] | list[list[int]], **options: Unpack[Options]) -> list[Completion]: ...
+
+    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> Completion | list[Completion]:
+        """Continue a text or a list of ids: one completion; a list of them: one for each, computed together.
+
+        llm.generate("Once upon a time", max_tokens=64, temperature=0.8, top_p=0.95, seed=1).text
+
+        Options: see `Options` and `Sampling`. Temperature 0 always takes the likeliest token. Left out, temperature,
+        top_k, top_p and min_p are those of `generation_config.json` where it samples, else 1 and no cuts.
+        """
+        single = isinstance(prompts, str) or bool(len(prompts) and hasattr(prompts[0], "__index__"))
+        rows = [self.encode(p) for p in ([prompts] if single else prompts)]  # pyright: ignore[reportArgumentType]
+        found = self._complete(rows, self.request(len(rows), **options))
+        return found[0] if single else found
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
+        """The reply to a conversation `[{"role": "user", "content": ".."}, ..]`, by the tokenizer's chat template."""
+        return self._complete([self._conversation(messages)], self.request(**options))[0]
+
+    def stream(self, prompt: str | list[int] | list[Message], **options: Unpack[Options]) -> Iterator[str]:
+        """The same for one prompt or conversation, piece by piece. Never half a character."""
+        if self.tokenizer is None:
+            raise OneblockError("the model's folder has no tokenizer to stream text with: use stream_ids")
+        return (event.text for event in self._events(prompt, options) if event.text)
+
+    def stream_ids(self, prompt: str | list[int] | list[Message], **options: Unpack[Options]) -> Iterator[int]:
+        """The ids of `stream`, each as soon as it is chosen."""
+        return (event.id for event in self._events(prompt, options))
+
+    def _events(self, prompt: str | list[int] | list[Message], options: Options) -> Iterator[Event]:
+        """The prompt is checked here, before the first piece is asked for."""
+        ids = self._conversation(prompt) if _is_conversation(prompt) else self.encode(prompt)  # pyright: ignore
+        request = self.request(**options)
+        return events(self.texts([ids], request), request, [self.detokenizer(ids)])
+
+    def _conversation(self, messages: Sequence[Message]) -> list[int]:
+        if self.tokenizer is None:
+            raise OneblockError("the model's folder has no tokenizer to chat with: use generate with a list of ids")
+        return self.tokenizer.chat(list(messages))
+
+    def texts(self, prompts: Sequence[list[int]], request: Request) -> Texts:
+        """A batch ready to run, with room for what may come."""
+        check(self.spec, prompts, request)
+        longest = max(map(len, prompts), default=0)
+        return Texts(
+            self.model, prompts, longest + max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
+        )
+
+    def _complete(self, prompts: Sequence[list[int]], request: Request) -> list[Completion]:
+        if not prompts:
+            return []
+        rows: list[list[Event]] = [[] for _ in prompts]
+        texts = self.texts(prompts, request)
+        for event in events(texts, request, [self.detokenizer(prompt) for prompt in prompts]):
+            rows[event.row].append(event)
+        return [self._completion(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _completion(self, prompt: list[int], row: list[Event]) -> Completion:
+        finish = row[-1].finish
+        assert finish is not None, "a reply that has not ended"
+        return Completion(
+            text=None if self.tokenizer is None else "".join(event.text for event in row),
+            ids=[event.id for event in row],
+            logprobs=[event.logprob for event in row if event.logprob is not None],
+            finish_reason=finish,
+            prompt_ids=list(prompt),
+            top_logprobs=[event.top for event in row if event.top],
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder: configuration, weights, tokenizer; the old one stays until the new is whole."""
+        with store.replacing(folder) as new:
+            write_model(new, self.model, self.config or None, self.generation or None, layout=self._layout)
+            if self.tokenizer is not None:
+                self.tokenizer.save(new)
+
+
+def _is_conversation(prompt: object) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def _seeds(seed: int | Sequence[int] | None, rows: int) -> tuple[int, ...]:
+    if seed is None:
+        return ()
+    seeds = tuple(seed + i for i in range(rows)) if isinstance(seed, int) else tuple(seed)
+    if len(seeds) != rows or not all(isinstance(s, int) for s in seeds):
+        raise OneblockError(f"seed must be one whole number, or a list of {rows}: one for each prompt")
+    return seeds
+
+
+def load(path_or_name: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> LLM:
+    """A model from a folder, or from the hub by `org/name[@revision]`; dtype None: as it is stored.
+
+    llm = oneblock.load("path/or/org/name", dtype="bfloat16", device="cpu")
+    """
+    folder = store.resolve(str(path_or_name))
+    found = store.load_model(folder, dtype, device)
+    return LLM(found.model, find_tokenizer(folder), found.config, found.generation, found.layout)
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer; None where it has no file of one. A file that cannot be read is an error."""
+    found = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
+    return Tokenizer.load(folder) if found else None
