@@ -1,0 +1,53 @@
+"""Tokenizers made here: byte-level BPE, single characters, single bytes. All are ordinary tokenizer.json files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from oneblock.errors import OneblockError
+from oneblock.text.bytepairs import CL100K, byte_letters
+from oneblock.text.bytepairs import byte_level as cut_and_spell
+from oneblock.text.tokenizer import Tokenizer
+
+END = "<|endoftext|>"
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END,), progress: bool = False
+) -> Tokenizer:
+    """Byte-level BPE (arXiv:1508.07909) of at most `vocab_size` ids, control tokens included, cut as GPT-4's is."""
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise OneblockError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(special)} control tokens need {least}"
+        )
+    backend = cut_and_spell(Backend(models.BPE()), CL100K)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(name, normalized=False) for name in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"eos_token": special[0]} if special else {})
+
+
+def characters(text: str) -> Tokenizer:
+    """One id for each character of the text; others cannot be encoded and are left out."""
+    if not text:
+        raise OneblockError("there is no text to take characters from")
+    vocab = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    backend = Backend(models.BPE(vocab, []))
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
+
+
+def byte_level() -> Tokenizer:
+    """One id for each byte: any text, no training."""
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
