@@ -1,0 +1,67 @@
+"""What a training run shows: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from oneblock.train.options import Loop
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `3:01:00`."""
+    minutes, s = divmod(max(0, round(seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at a run."""
+
+    step: int
+    done: float  # share of the run, 0 to 1
+    loss: float
+    speed: float  # tokens per second
+    left: float  # seconds
+
+    def line(self, loop: Loop) -> str:
+        of = f"/{loop.steps:,}" if loop.seconds is None else ""
+        where = f"step {self.step:>6,}{of}  {self.done:4.0%}"
+        return f"{where}  loss {self.loss:.3f}  {self.speed:>7,.0f} tok/s  {clock(self.left)} left"
+
+
+class Show:
+    """Prints readings, and notes between them. Use it in a `with` block."""
+
+    def __init__(self, loop: Loop, console: Console | None = None, every: float = 5.0):
+        self.loop, self.console, self.every = loop, console or Console(highlight=False, soft_wrap=True), every
+        self.bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console)
+        self.task = self.bar.add_task("", total=1.0)
+        self.live = Live(self.bar, console=self.console, transient=True) if self.console.is_terminal else None
+        self.shown = float("-inf")
+
+    def __enter__(self) -> Show:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def reading(self, reading: Reading, seconds: float) -> None:
+        """Show it: at once in a terminal, else at most every few seconds and at the end."""
+        if self.live:
+            self.bar.update(self.task, completed=reading.done, description=reading.line(self.loop))
+        elif seconds - self.shown >= self.every or reading.done >= 1:
+            self.shown = seconds
+            self.note(reading.line(self.loop))
+
+    def note(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style))
