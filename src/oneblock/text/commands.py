@@ -39,7 +39,7 @@ def tokenizer(options: Options) -> None:
     found = Tokenizer.load(options.model)
     text = sys.stdin.read() if options.text is None else options.text
     ids = found.encode(text, special=options.special)
-    tokens = [found.backend.id_to_token(id) for id in ids]
+    tokens = [found.backend.id_to_token(id) or "" for id in ids]
     if options.json:
         print(jsonlib.dumps({"ids": ids, "tokens": tokens, "vocab": found.vocab_size}, ensure_ascii=False))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,14 +47,22 @@ def from_sentencepiece(path: Path) -> tuple[Tokenizer, Model]:
         raise OneblockError(f"{path} is a SentencePiece model of words or characters: only BPE and unigram are known")
     defined = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
     tokenizer.normalizer = normalizers.Sequence(_normalizers(model, prefix=not defined))
+    control = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN)]
+    cuts: list[Any] = [_apart(control)] if model.kind == UNIGRAM else []
     if defined and model.dummy_prefix:  # these cut a text into parts, of which the first alone begins with a space
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+        cuts.append(pre_tokenizers.Metaspace(SPACE, "first", split=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts) if cuts else None  # pyright: ignore[reportAttributeAccessIssue]
     undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if model.dummy_prefix else undo)
-    control = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
     tokenizer.add_tokens([AddedToken(text, normalized=True, special=False) for text in defined])
     return tokenizer, model
+
+
+def _apart(control: list[str]) -> pre_tokenizers.Split:
+    """A cut within each control token: a unigram model would else take one that a text spells for a likely piece."""
+    places = "|".join(f"(?<={re.escape(text[:1])})(?={re.escape(text[1:])})" for text in control)
+    return pre_tokenizers.Split(Regex(places), "isolated")
 
 
 def _normalizers(model: Model, prefix: bool) -> list[Any]:
