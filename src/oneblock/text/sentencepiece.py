@@ -51,7 +51,7 @@ def from_sentencepiece(path: Path) -> tuple[Tokenizer, Model]:
     cuts: list[Any] = [_apart(control)] if model.kind == UNIGRAM else []
     if defined and model.dummy_prefix:  # these cut a text into parts, of which the first alone begins with a space
         cuts.append(pre_tokenizers.Metaspace(SPACE, "first", split=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts) if cuts else None  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts) if cuts else None
     undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if model.dummy_prefix else undo)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
