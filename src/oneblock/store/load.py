@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
 from oneblock.spec import Spec
 from oneblock.store.config import family_of, read_config, read_json
 from oneblock.store.header import Entry, read_header
-from oneblock.store.rules import Family, Layout, Slot, Slots, disk_names, ignorable, slots
+from oneblock.store.rules import WRAPPED, Family, Layout, Slot, Slots, disk_names, ignorable, slots
 from oneblock.store.tensors import CODES, DTYPES, Reader, copy_in, mappable, mapped
 
 INDEX = "model.safetensors.index.json"
@@ -61,8 +62,18 @@ def load_model(
 
 def on_meta(spec: Spec) -> Decoder:
     """The model without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoStart():
         return Decoder(spec)
+
+
+class _NoStart(TorchFunctionMode):
+    """Passes over the drawing of first weights: even without memory it costs a second of imports inside torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -141,7 +152,8 @@ def _match(family: Family, spec: Spec, model: Decoder, entries: dict[str, Entry]
         if missing < fewest:
             head = rename(head_name(family))
             stored = spec.tied and head in entries
-            best, fewest = Match(named, Layout(family.types[0], table, prefix, stored), head), missing
+            kept = None if prefix in WRAPPED else prefix  # the text side is saved as a text model
+            best, fewest = Match(named, Layout(family.types[0], table, kept, stored), head), missing
     assert best is not None, f"no table of {family.types[0]} names every parameter"
     return best
 
@@ -232,10 +244,9 @@ def _fill(
             ready |= mapped(reader, entries[name], slot)
         else:
             rest.append((entries[name], slot))
+    for name in dict.fromkeys(part.name for _, slot in rest for part in slot.parts):
+        ready[name] = torch.empty(shapes[name], dtype=dtype, device=device)
     for entry, slot in rest:
-        for part in slot.parts:
-            if part.name not in ready:
-                ready[part.name] = torch.empty(shapes[part.name], dtype=dtype, device=device)
         copy_in(reader, entry, slot, ready)
     _assign(model, ready)
 

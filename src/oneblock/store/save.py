@@ -73,26 +73,19 @@ def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
     shapes = parameter_shapes(model)
     strange = shapes.keys() ^ parameter_shapes(on_meta(model.spec)).keys()
     if strange:
-        raise OneblockError(
-            f"parameter {min(strange)!r} is not the spec's: merge or take off what was added, then save"
-        )
+        raise OneblockError(f"parameter {min(strange)!r} is not the spec's: merge or remove what was added, then save")
     if layout is None or layout.family != family.types[0]:
         layout = Layout(family.types[0])
     tables = [slots(table, model.spec, shapes) for table in family.tables]
-    wanted = layout.table if tables[layout.table] is not None else 0
-    for table, prefix, rename in disk_names(family):
-        known = tables[table]
-        if known is not None and (table, prefix) in ((wanted, layout.prefix), (table, None)):
-            if table == wanted and prefix != layout.prefix:
-                continue
-            order = {name: i for i, name in enumerate(shapes)}
-            named = sorted(known.items(), key=lambda item: order[item[1].parts[0].name])
-            found = {rename(name): slot for name, slot in named}
-            if layout.stored_head and model.spec.tied:
-                embed = next(slot for slot in found.values() if slot.parts[0].name == "embed.weight")
-                found[rename(head_name(family))] = embed
-            return found
-    raise AssertionError(f"no table of {family.types[0]} names every parameter")
+    whole = [i for i, known in enumerate(tables) if known is not None]
+    wanted = (layout.table if layout.table in whole else whole[0], layout.prefix)
+    rename = next(rename for table, prefix, rename in disk_names(family) if (table, prefix) == wanted)
+    order = {name: i for i, name in enumerate(shapes)}
+    by_place = sorted((tables[wanted[0]] or {}).items(), key=lambda item: order[item[1].parts[0].name])
+    found = {rename(name): slot for name, slot in by_place}
+    if layout.stored_head and model.spec.tied:
+        found[rename(head_name(family))] = next(s for s in found.values() if s.parts[0].name == "embed.weight")
+    return found
 
 
 def _write_weights(folder: Path, slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: int) -> None:

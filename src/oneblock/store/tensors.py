@@ -32,6 +32,7 @@ class Reader:
         self._files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._open = ExitStack()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Reader:
         return self
@@ -57,6 +58,13 @@ class Reader:
             if not count:
                 raise OneblockError(f"{entry.path}: ends inside tensor {entry.name!r}; {AGAIN}")
             done += count
+
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for one slab, the same each time: blocks that come and go between the weights would leave holes."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size].view(dtype).view(shape)
 
     def _file(self, path: Path) -> BinaryIO:
         if path not in self._files:
@@ -87,7 +95,7 @@ def copy_in(reader: Reader, entry: Entry, slot: Slot, ours: Mapping[str, Tensor]
             first = part.start * _row_bytes(slot, dtype)
             straight = target.device.type == "cpu" and target.dtype == dtype
             for items in _slabs(target.numel(), dtype.itemsize):
-                slab = target[items] if straight else torch.empty(items.stop - items.start, dtype=dtype)
+                slab = target[items] if straight else reader.scratch((items.stop - items.start,), dtype)
                 reader.fill(slab, entry, first + items.start * dtype.itemsize)
                 if not straight:
                     target[items].copy_(slab)
@@ -95,10 +103,27 @@ def copy_in(reader: Reader, entry: Entry, slot: Slot, ours: Mapping[str, Tensor]
     grid = _grid(slot)
     row_bytes = (entry.end - entry.start) // max(1, grid[0])
     for rows in _slabs(grid[0], row_bytes):
-        slab = torch.empty((rows.stop - rows.start, *grid[1:]), dtype=dtype)
+        slab = reader.scratch((rows.stop - rows.start, *grid[1:]), dtype)
         reader.fill(slab, entry, rows.start * row_bytes)
         for part in slot.parts:
-            _on_grid(slot, part, ours[part.name])[rows].copy_(_cut(slot, part, slab))
+            target, piece = ours[part.name], _cut(slot, part, slab)
+            if slot.turned:
+                _turn(target, rows, piece.flatten(slot.axis, slot.axis + 1))
+            else:
+                _on_grid(slot, part, target)[rows].copy_(piece)
+
+
+def _turn(target: Tensor, rows: slice, piece: Tensor) -> None:
+    """Copy rows (of the input dimension, or experts) into our (out, in) order.
+
+    torch transposes fast only between whole matrices of one dtype: four times as fast as a copy into a view.
+    """
+    piece = piece.to(target.device, target.dtype).contiguous()
+    if piece.dim() == 2:
+        target[:, rows].copy_(piece.t().contiguous())
+    else:
+        for ours, theirs in zip(target[rows], piece, strict=True):
+            ours.copy_(theirs.t())
 
 
 def chunks(slot: Slot, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
