@@ -119,6 +119,17 @@ def test_dtypes_are_kept_or_changed(family: str, dtype: str, tmp_path: Path) -> 
     assert all(p.dtype == torch.float64 for p in back.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss"])
+def test_weights_go_to_an_accelerator(family: str, device: str, tmp_path: Path) -> None:
+    folder, model = folder_of(tmp_path, FAMILIES[family]())
+    loaded = load_model(folder, device=device)
+    assert {p.device.type for p in loaded.model.parameters()} == {"cuda"}
+    assert same(loaded.model.cpu(), model)
+    save_model(tmp_path / "again", load_model(folder, "bfloat16", device).model)
+    assert same(load_model(tmp_path / "again").model, model.bfloat16())
+
+
 def test_the_dtype_of_most_weights_is_everyones(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["llama"](), torch.bfloat16)
     rewrite(folder, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"].float()})

@@ -1,0 +1,200 @@
+"""Names to folders, against a hub of our own on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import torch
+
+from oneblock.errors import OneblockError
+from oneblock.model import Decoder
+from oneblock.spec import FAMILIES
+from oneblock.store import resolve, save_model
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
+
+
+@dataclass
+class Hub:
+    """One repository, `tiny/llama`, with two revisions; `tiny/private` wants the token "secret"."""
+
+    files: dict[str, bytes]
+    address: str = ""
+    asked: list[str] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+
+
+def answer(hub: Hub, path: str, token: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body: the few calls of the hub's interface that a download makes."""
+    parts = unquote(path).partition("?")[0].strip("/").split("/")
+    api = parts[:2] == ["api", "models"]
+    repo, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+    if repo == "tiny/private" and token != "Bearer secret":
+        return 401, {"X-Error-Code": "GatedRepo"}, b"{}"
+    if repo not in ("tiny/llama", "tiny/private"):
+        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+    revision = rest[1] if len(rest) > 1 else "main"
+    if revision not in COMMITS:
+        return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+    sha = COMMITS[revision]
+    if api and rest[0] == "tree":
+        entries = [
+            {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+            for name, body in hub.files.items()
+        ]
+        return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
+    if api:
+        info = {"_id": "0", "id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in hub.files]}
+        info |= {"private": False, "tags": [], "downloads": 0, "likes": 0}
+        return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+    name = "/".join(rest[2:])
+    body = hub.files[name] + (b" " if sha == COMMITS["v2"] and name.endswith(".json") else b"")
+    hub.asked.append(name)
+    return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha}, body
+
+
+def serve(hub: Hub) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        def respond(self, with_body: bool) -> None:
+            hub.tokens.add(self.headers.get("Authorization", ""))
+            status, headers, body = answer(hub, self.path, self.headers.get("Authorization", ""))
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.respond(True)
+
+        def do_HEAD(self) -> None:
+            self.respond(False)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    folder = tmp_path_factory.mktemp("repository") / "llama"
+    torch.manual_seed(0)
+    save_model(folder, Decoder(FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden=8)))
+    wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
+    wanted |= {"tokenizer.json": b"{}", "tokenizer.model": b"x", "merges.txt": b"x", "chat_template.jinja": b"x"}
+    unwanted = ("pytorch_model.bin", "modeling.py", "original/params.json", "README.md", "consolidated.safetensors")
+    found = Hub(wanted | dict.fromkeys(unwanted, b"no"))
+    server = serve(found)
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+LOAD = """
+import sys
+from oneblock.errors import OneblockError
+from oneblock.store import load_model, resolve
+try:
+    folder = resolve(sys.argv[1])
+    load_model(folder)
+    print(folder)
+except OneblockError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def ask(name: str, home: Path, address: str, **environment: str) -> tuple[int, str]:
+    """The exit status and output of a process of its own: the library reads its settings when it is imported."""
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, name], env=clean | settings | environment, capture_output=True, text=True
+    )
+    assert "Traceback" not in run.stderr, run.stderr
+    return run.returncode, run.stdout.strip()
+
+
+def test_a_name_is_downloaded_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
+    status, folder = ask("tiny/llama", tmp_path, hub.address)
+    assert status == 0, folder
+    assert Path(folder).is_relative_to(tmp_path)
+    names = {path.name for path in Path(folder).rglob("*")}
+    assert names == {
+        *("config.json", "model.safetensors", "tokenizer.json"),
+        *("tokenizer.model", "merges.txt", "chat_template.jinja"),
+    }
+    assert "pytorch_model.bin" not in hub.asked
+    nowhere = "http://127.0.0.1:1"
+    assert ask("tiny/llama", tmp_path, nowhere, HF_HUB_OFFLINE="1") == (0, folder)
+
+
+def test_a_revision_is_another_folder(hub: Hub, tmp_path: Path) -> None:
+    folders = [
+        ask(name, tmp_path, hub.address)[1] for name in ("tiny/llama", "tiny/llama@v2", "tiny/llama@" + "b" * 40)
+    ]
+    assert Path(folders[0]).name == COMMITS["main"]
+    assert Path(folders[1]).name == Path(folders[2]).name == COMMITS["v2"]
+
+
+def test_the_token_is_sent(hub: Hub, tmp_path: Path) -> None:
+    assert ask("tiny/private", tmp_path, hub.address, HF_TOKEN="secret")[0] == 0
+    assert "Bearer secret" in hub.tokens
+    status, message = ask("tiny/private", tmp_path / "other", hub.address)
+    assert status == 1
+    assert message == "tiny/private: needs its licence accepted on its page, and your token in HF_TOKEN"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny/llama@v3", "tiny/llama@v3: has no such revision"),
+        ("tiny/nothing", "tiny/nothing: no such folder here, and no such model on the hub"),
+    ],
+)
+def test_names_that_are_not_there(name: str, message: str, hub: Hub, tmp_path: Path) -> None:
+    status, output = ask(name, tmp_path, hub.address)
+    assert status == 1
+    assert output.startswith(message)
+    assert "\n" not in output
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_that_cannot_be_reached(offline: str, tmp_path: Path) -> None:
+    status, output = ask("tiny/llama", tmp_path, "http://127.0.0.1:1", HF_HUB_OFFLINE=offline)
+    assert status == 1
+    assert output.startswith("tiny/llama: no such folder here, not in the cache, and the hub cannot be reached")
+    assert "\n" not in output
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~") == tmp_path
+    for name in ("/no/where", "./nowhere", "../a/b", "nowhere", "a/b/c", "~/nowhere", "model.safetensors", "a/.b", ""):
+        if name:
+            with pytest.raises(
+                OneblockError, match="no such folder; give a model's folder, or its org/name on the hub"
+            ):
+                resolve(name)
+    with pytest.raises(OneblockError, match="no such folder"):
+        resolve(tmp_path / "org")
