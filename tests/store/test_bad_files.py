@@ -200,7 +200,7 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+def index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "model.safetensors.index.json"
     value = json.loads(path.read_text())
     change(value["weight_map"])

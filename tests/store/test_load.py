@@ -97,10 +97,11 @@ def test_loaded_weights_train(tmp_path: Path) -> None:
     model = load_model(folder).model
     assert all(p.requires_grad and p.is_contiguous() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    before = model.blocks[0].attn.wq.weight.clone()
+    weight = model.get_parameter("blocks.0.attn.wq.weight")
+    before = weight.clone()
     model(torch.arange(9)[None]).square().mean().backward()
     optimizer.step()
-    assert not torch.equal(before, model.blocks[0].attn.wq.weight)
+    assert not torch.equal(before, weight)
 
 
 # ------------------------------------------------------------------ dtypes

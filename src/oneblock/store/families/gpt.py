@@ -298,7 +298,7 @@ NEOX_NAMES = {
     ),
 }
 
-MASKS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")  # causal masks, once stored
+MASKS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "position_ids")  # once stored
 
 FAMILIES = (
     Family(("gpt2",), "GPT2LMHeadModel", read_gpt2, write_gpt2, (GPT2_NAMES,), "transformer.", MASKS),
