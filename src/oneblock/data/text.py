@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +52,11 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def encode(texts: Sequence[str], tokenizer: Tokenizer) -> NDArray[np.uint16] | NDArray[np.uint32]:
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> NDArray[Any]:
     """All texts as one row of ids, each followed by the end-of-text id where the tokenizer has one."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     end = list(tokenizer.eos_ids[:1])
-    parts: list[NDArray[np.uint16] | NDArray[np.uint32]] = []
+    parts: list[NDArray[Any]] = []
     for text in texts:
         todo = pieces(text)
         while batch := list(islice(todo, 16)):

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from oneblock.config import nearest
@@ -39,7 +38,7 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """Tells whether a resumed run reads the same text."""
-        return f"{len(self.train)}-{zlib.crc32(np.ascontiguousarray(self.train)):08x}"
+        return f"{len(self.train)}-{zlib.crc32(self.train.tobytes()):08x}"
 
 
 def prepare(options: Train, tokenizer: Tokenizer | None = None) -> Job:

@@ -17,7 +17,7 @@ from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import params
 from oneblock.train import checkpoint
-from oneblock.train.loop import Metrics, State, done, precision, start, train, use_device
+from oneblock.train.loop import Metrics, Observe, State, done, precision, start, train, use_device
 from oneblock.train.losses import evaluate, next_token
 from oneblock.train.options import Train
 from oneblock.train.prepare import Job, dropout_of
@@ -59,11 +59,16 @@ class Session:
         self.job, self.options, self.run, self.state, self.show = job, options, run, state, show
         self.log = Log(run, state.step)
         self.saved = state.step if state.step else None  # the step of the newest checkpoint
+        self.also: Observe | None = None
         self.val: float | None = None
         self.window = (state.tokens, time.perf_counter())  # when the last reading was taken
 
-    def go(self) -> bool:
-        """Train to the end, or until asked to stop; whether it came to the end. Saved in either case."""
+    def go(self, also: Observe | None = None) -> bool:
+        """Train to the end, or until asked to stop; whether it came to the end. Saved in either case.
+
+        `also` is called after every step, before this session's own looks.
+        """
+        self.also = also
         options, rows = (
             self.options,
             Rows(self.job.train, self.job.context, self.options.loop.batch, self.options.loop.seed),
@@ -86,6 +91,8 @@ class Session:
         if due(watch.log_every):
             self.read(metrics)
         began = time.perf_counter()
+        if self.also is not None:
+            self.also(state, metrics)
         if due(watch.eval_every) and self.job.val is not None:
             self.validate()
         if due(watch.sample_every):
