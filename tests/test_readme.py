@@ -47,6 +47,18 @@ def test_command_lines_parse(line: str) -> None:
     assert isinstance(config.parse(options, argv, f"oneblock {name}"), options)
 
 
+SHOWN = [block for block in blocks(PAGES[0], "") if block.startswith("$ oneblock ")]
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=[block.split("\n")[0] for block in SHOWN])
+def test_outputs_are_what_the_commands_print(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line, *shown = block.splitlines()
+    assert cli.main(shlex.split(line)[2:]) == 0
+    printed = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
+    told = [" ".join(row.split()) for row in shown if row != "..." and "──" not in row]
+    assert [row for row in told if row not in printed] == []
+
+
 def test_the_comparison_says_what_the_plan_says() -> None:
     row = r"^\| [^|]+ \| ([\d,]+)[ B]*\| ([\d,]+)[ B]*\| ([\d.]+) \|$"
     rows = re.findall(row, PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
