@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -246,9 +248,21 @@ def _fill(
             rest.append((entries[name], slot))
     for name in dict.fromkeys(part.name for _, slot in rest for part in slot.parts):
         ready[name] = torch.empty(shapes[name], dtype=dtype, device=device)
-    for entry, slot in rest:
-        copy_in(reader, entry, slot, ready)
+    with _one_thread():
+        for entry, slot in rest:
+            copy_in(reader, entry, slot, ready)
     _assign(model, ready)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread copies about as fast as memory allows; on a busy machine more of them wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _assign(model: Decoder, tensors: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from oneblock.store.rules import Part, Slot
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-SLAB = 4 << 20  # bytes
+SLAB = 1 << 20  # bytes
 
 
 class Reader:
@@ -100,30 +100,32 @@ def copy_in(reader: Reader, entry: Entry, slot: Slot, ours: Mapping[str, Tensor]
                 if not straight:
                     target[items].copy_(slab)
         return
+    if slot.turned:
+        _copy_turned(reader, entry, slot, ours)
+        return
     grid = _grid(slot)
     row_bytes = (entry.end - entry.start) // max(1, grid[0])
     for rows in _slabs(grid[0], row_bytes):
         slab = reader.scratch((rows.stop - rows.start, *grid[1:]), dtype)
         reader.fill(slab, entry, rows.start * row_bytes)
         for part in slot.parts:
-            target, piece = ours[part.name], _cut(slot, part, slab)
-            if slot.turned:
-                _turn(target, rows, piece.flatten(slot.axis, slot.axis + 1))
-            else:
-                _on_grid(slot, part, target)[rows].copy_(piece)
+            _on_grid(slot, part, ours[part.name])[rows].copy_(_cut(slot, part, slab))
 
 
-def _turn(target: Tensor, rows: slice, piece: Tensor) -> None:
-    """Copy rows (of the input dimension, or experts) into our (out, in) order.
+def _copy_turned(reader: Reader, entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+    """Fill our (out, in) matrices from stored (in, out) ones, one or a stack of them.
 
-    torch transposes fast only between whole matrices of one dtype: four times as fast as a copy into a view.
+    torch transposes fast only between whole matrices of one dtype: four times as fast as copying into a view.
     """
-    piece = piece.to(target.device, target.dtype).contiguous()
-    if piece.dim() == 2:
-        target[:, rows].copy_(piece.t().contiguous())
-    else:
-        for ours, theirs in zip(target[rows], piece, strict=True):
-            ours.copy_(theirs.t())
+    dtype, (n_in, n_out) = DTYPES[entry.dtype], slot.shape[-2:]
+    for i in range(slot.shape[0] if len(slot.shape) == 3 else 1):
+        for rows in _slabs(n_in, n_out * dtype.itemsize):
+            slab = reader.scratch((rows.stop - rows.start, slot.groups, n_out // slot.groups), dtype)
+            reader.fill(slab, entry, (i * n_in + rows.start) * n_out * dtype.itemsize)
+            for part in slot.parts:
+                target = ours[part.name][i] if len(slot.shape) == 3 else ours[part.name]
+                piece = slab[:, :, part.start : part.start + part.size].flatten(1)
+                target[:, rows].copy_(piece.to(target.device, target.dtype).contiguous().t().contiguous())
 
 
 def chunks(slot: Slot, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
