@@ -55,6 +55,10 @@ def test_wrong_usage_is_one_line_and_exit_2(argv: list[str], said: str, capsys: 
     assert err.count("\n") == 1
 
 
+def test_no_flags_at_all() -> None:
+    assert parse(Options, [], "prog") == Options()
+
+
 def test_file_then_flags(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('steps = 7\ndata = ["a.txt"]\n[inner]\nlr = 1\n')

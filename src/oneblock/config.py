@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -77,7 +78,7 @@ def check_flags(cls: type, argv: Sequence[str], prog: str) -> None:
 def config_path(cls: type, argv: Sequence[str]) -> Path | None:
     if "config" not in hints(cls):
         return None
-    for token, after in zip(argv, [*argv[1:], ""], strict=True):
+    for token, after in zip_longest(argv, argv[1:], fillvalue=""):
         if token == "--config":
             return Path(after)
         if token.startswith("--config="):

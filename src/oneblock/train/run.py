@@ -62,12 +62,11 @@ class Log:
         new = self.path.with_name(f".{METRICS}.new")
         new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(new, self.path)
-        self.file = self.path.open("a", encoding="utf-8")
 
     def add(self, **row: float) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def picture(self, title: str) -> Path:
         path = self.path.with_name(PICTURE)

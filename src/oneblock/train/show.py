@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import indent
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.syntax import Syntax
 from rich.text import Text
 
 from oneblock.train.options import Loop
@@ -62,6 +65,13 @@ class Show:
         elif seconds - self.shown >= self.every or reading.done >= 1:
             self.shown = seconds
             self.note(reading.line(self.loop))
+
+    def code(self, text: str) -> None:
+        """Python source, coloured in a terminal, set in from the margin."""
+        if self.live:
+            self.console.print(Padding(Syntax(text, "python", background_color="default", word_wrap=True), (0, 4)))
+        else:
+            self.note(indent(text.strip("\n"), "    ") + "\n")
 
     def note(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style))

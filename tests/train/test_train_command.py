@@ -1,0 +1,255 @@
+"""`oneblock train` from flags to files: runs, resuming, signals, full disks, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oneblock.cli import main
+from oneblock.infer.llm import load
+
+TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400))
+TINY = ["--dim", "16", "--n-layers", "2", "--n-heads", "2", "--context", "24", "--batch", "4", "--dtype", "float32"]
+QUICK = [*TINY, "--steps", "12", "--log-every", "1", "--eval-every", "4", "--save-every", "5", "--warmup", "3"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small to share out: a busy machine would make threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "sums.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in rows(run) for key in ("loss", "val") if key in row]
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    capsys.readouterr()
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert err.startswith("error: "), out + err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_run_leaves_a_folder_that_loads(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    flags = ["--sample-every", "6", "--sample-tokens", "8", "--prompt", "7 times"]
+    assert main(["train", "--data", str(text), "--out", str(run), *QUICK, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "12/12  100%" in out
+    assert "validation loss" in out
+    assert out.count("7 times") == 2
+    assert {p.name for p in run.iterdir()} == {
+        *("config.toml", "metrics.jsonl", "loss.png", "latest", "step-000010", "step-000012"),
+    }
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in losses(run)][-1] == 12
+    llm = load(run / "latest")
+    assert llm.tokenizer is not None
+    assert isinstance(llm.generate("7 times", max_tokens=5).text, str)
+
+
+@pytest.mark.parametrize("tokenizer", [["bytes"], ["bpe", "--vocab", "300"]])
+def test_tokenizers(tokenizer: list[str], text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--out", str(run), "--tokenizer", *tokenizer, *QUICK]) == 0
+    llm = load(run / "latest")
+    assert llm.tokenizer is not None
+    assert llm.spec.vocab == llm.tokenizer.vocab_size == (256 if tokenizer == ["bytes"] else 300)
+    again = tmp_path / "again"  # its tokenizer and architecture for another run
+    folder = str(run / "latest")
+    argv = ["--tokenizer", folder, "--model", folder, "--steps", "2", "--batch", "2", "--context", "16"]
+    assert main(["train", "--data", str(text), "--out", str(again), *argv]) == 0
+    assert load(again / "latest").spec == llm.spec
+
+
+def test_resumed_is_uninterrupted_to_the_bit(text: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*QUICK, "--dropout", "0.1", "--accumulate", "2", "--data", str(text)]
+    assert main(["train", *flags, "--out", str(whole)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # dies in step 8, three steps after its last checkpoint
+        from oneblock.train import loop
+
+        update = loop.update
+
+        def dies(state: loop.State, *rest: object) -> object:
+            if state.step == 8:
+                raise RuntimeError("power cut")
+            return update(state, *rest)  # type: ignore[arg-type]
+
+        patch.setattr(loop, "update", dies)
+        assert main(["train", *flags, "--out", str(parts)]) == 1
+    assert losses(parts)[-1][0] == 8
+    assert (parts / "latest").resolve().name == "step-000005"
+    assert main(["train", "--resume", str(parts)]) == 0
+    assert losses(parts) == losses(whole)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(run / "latest" / file) for run in (whole, parts))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_keeps_its_settings_and_can_go_on_longer(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
+    assert "--lr cannot be given with --resume" in fails(["train", "--resume", str(run), "--lr", "1"], capsys)
+    assert main(["train", "--resume", str(run), "--steps", "14"]) == 0
+    assert losses(run)[-1][0] == 14
+    text.write_text(TEXT[::-1])
+    assert "text has changed" in fails(["train", "--resume", str(run), "--steps", "15"], capsys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*TINY, "--data", str(text), "--out", str(run), "--steps", "100000", "--save-every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "oneblock", "train", *flags, "--eval-every", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert err.count("\n") == 1
+    assert f"oneblock train --resume {run}" in err
+    step = json.loads((run / "latest" / "training.json").read_text())["step"]
+    assert main(["train", "--resume", str(run), "--steps", str(step + 3)]) == 0
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
+    before = {p.name: p.read_bytes() for p in (run / "latest").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # larger files fail to be written, as on a full disk
+    try:
+        error = fails(["train", "--resume", str(run), "--steps", "16", "--eval-every", "0"], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be saved" in error
+    assert (run / "latest").resolve().name == "step-000012"
+    assert {p.name: p.read_bytes() for p in (run / "latest").iterdir()} == before
+    assert not list(run.glob(".*"))
+    assert main(["train", "--resume", str(run), "--steps", "13"]) == 0
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--context", "500"], "validation text has"),
+        (["--context", "900", "--val-share", "0.5"], "fewer than one row"),
+        (["--val-share", "1.5"], "--val-share"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--dropout", "1"], "--dropout"),
+        (["--model", "lama"], "llama"),
+        (["--tokenizer", "char"], "did you mean chars?"),
+        (["--tokenizer", "bpe", "--vocab", "100"], "vocabulary of 100"),
+        (["--device", "gpu"], "--device"),
+        (["--n-heads", "3"], "heads"),
+        (["--val", "none.txt"], "cannot read none.txt"),
+        (["--data", "none.txt"], "cannot read none.txt"),
+        (["--resume", "nowhere"], "no such run"),
+        (["--config", "nowhere.toml"], "cannot read"),
+    ],
+)
+def test_bad_settings(flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text(TEXT[:1500])
+    assert said in fails(["train", "--data", str(path), "--out", str(tmp_path / "run"), *TINY, *flags], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"\x00\x01" * 99, "is not text")])
+def test_bad_text(content: bytes, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(content)
+    assert said in fails(["train", "--data", str(path)], capsys)
+    assert "--data" in fails(["train"], capsys)
+
+
+def test_a_tokenizer_too_large_for_the_model(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
+    argv = ["train", "--data", str(text), "--model", str(run / "latest"), "--tokenizer", "bytes"]
+    assert "the tokenizer has 256 tokens" in fails(argv, capsys)
+    assert "own sizes" in fails([*argv, "--dim", "32"], capsys)
+    assert "exists" in fails(["train", "--data", str(text), "--out", str(run)], capsys)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--data", str(text), "--out", str(tmp_path / "run"), *QUICK, "--lr", "1e30", "--clip", "0"]
+    assert "lower --lr" in fails(argv, capsys)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
+def test_damaged_checkpoints(file: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
+    path = run / "latest" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert file in fails(["train", "--resume", str(run), "--steps", "20"], capsys)
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_dry_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--data", str(text), "--out", str(tmp_path / "run"), *QUICK, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "12 steps of 4 x 24 tokens = 1,152 tokens" in out
+    assert "parameters" in out
+    assert "memory" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recorded_settings_start_the_same_run(text: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["train", "--data", str(text), "--out", str(one), *QUICK, "--lr", "0.003"]) == 0
+    assert main(["train", "--config", str(one / "config.toml"), "--out", str(two)]) == 0
+    assert losses(one) == losses(two)
+    assert (one / "config.toml").read_text() == (two / "config.toml").read_text()
+
+
+def test_unknown_key_suggests_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[optimizer]\nweight_deca = 0.1\n")
+    assert "did you mean weight_decay?" in fails(["train", "--config", str(path)], capsys)
+    assert "did you mean --steps?" in fails(["train", "--step", "3"], capsys, code=2)
