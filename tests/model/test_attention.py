@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def tiny(**changes: object) -> Spec:
-    attn = replace(Attention(4, 2, 8, rope=Rope()), **changes)  # type: ignore[arg-type]
+    attn = replace(Attention(4, 2, 8, rope=Rope()), **changes)
     return Spec(vocab=61, dim=32, n_layers=2, pattern=(Layer(attn, Mlp(48)),), context=128)
 
 

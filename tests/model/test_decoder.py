@@ -95,7 +95,7 @@ def test_grouped_and_looped_gradients_agree(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "output", "parallel", "parallel_two"])
 def test_where_the_norms_go(residual: str) -> None:
-    model = randomised(replace(BASE, n_layers=1, pattern=(replace(BASE.pattern[0], residual=residual),)))  # type: ignore[arg-type]
+    model = randomised(replace(BASE, n_layers=1, pattern=(replace(BASE.pattern[0], residual=residual),)))
     block = model.blocks[0]
     seen: dict[str, torch.Tensor] = {}
     for name in ("attn", "mlp"):

@@ -155,10 +155,8 @@ def chat(options: ChatOptions) -> None:
     if screen.is_terminal:
         screen.print(f"[bold]{escape(options.loading.model)}[/]  [dim]/help lists the commands[/]")
     if not conversation.templated:
-        Console(stderr=True, highlight=False).print(
-            "[dim]This model has no chat template: it was made to go on with a text, and does so with what you write.[/]",
-            soft_wrap=True,
-        )
+        note = "This model has no chat template: it was made to go on with a text, and does so with what you write."
+        Console(stderr=True, highlight=False).print(f"[dim]{note}[/]", soft_wrap=True)
     talk(conversation, screen)
 
 
