@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from oneblock.spec import Spec
 from oneblock.store.config import family_of, read_config, read_json
 from oneblock.store.header import Entry, read_header
 from oneblock.store.rules import WRAPPED, Family, Layout, Slot, Slots, disk_names, ignorable, slots
-from oneblock.store.tensors import CODES, DTYPES, Reader, copy_in, mappable, mapped
+from oneblock.store.tensors import CODES, DTYPES, Maps, Source, copy_in, mappable, mapped
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WORKERS = 4  # as many slabs in memory at a time
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.msgpack", "*.h5")
 
 
@@ -52,12 +52,11 @@ def load_model(
     match = _match(family, spec, model, entries)
     _check(folder, family, match, entries)
     target = _dtype(dtype, match.slots, entries)
-    with Reader() as reader:
-        if match.layout.stored_head and not _same_head(reader, entries, match):
-            # transformers trusts the two matrices over the configuration, too
-            config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
-            model, match = _untied(family, spec, entries)
-        _fill(model, match.slots, entries, target, torch.device(device), reader)
+    if match.layout.stored_head and not _same_head(entries, match):
+        # transformers trusts the two matrices over the configuration, too
+        config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
+        model, match = _untied(family, spec, entries)
+    _fill(model, match.slots, entries, target, torch.device(device))
     generation = folder / "generation_config.json"
     return Checkpoint(model, spec, config, read_json(generation) if generation.exists() else {}, match.layout)
 
@@ -202,19 +201,18 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _same_head(reader: Reader, entries: dict[str, Entry], match: Match) -> bool:
+def _same_head(entries: dict[str, Entry], match: Match) -> bool:
     embed = next(name for name, slot in match.slots.items() if slot.parts[0].name == "embed.weight")
     a, b = entries[embed], entries[match.head]
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    step = 4 << 20
-    for start in range(0, a.end - a.start, step):  # without the map, whose pages would stay in memory
-        ours, theirs = (torch.empty(min(step, a.end - a.start - start), dtype=torch.uint8) for _ in "ab")
-        reader.fill(ours, a, start)
-        reader.fill(theirs, b, start)
-        if not torch.equal(ours, theirs):
-            return False
-    return True
+    rows, columns = a.shape
+    row_bytes = (a.end - a.start) // rows
+    with Source(a) as ours, Source(b) as theirs:  # not mapped, as pages that were looked at stay in memory
+        return all(
+            torch.equal(ours.read((1, columns), i * row_bytes), theirs.read((1, columns), i * row_bytes))
+            for i in range(rows)
+        )
 
 
 # ------------------------------------------------------------------ the weights themselves
@@ -234,35 +232,32 @@ def _dtype(asked: str | torch.dtype | None, slots: Slots, entries: dict[str, Ent
     return dtype
 
 
-def _fill(
-    model: Decoder, slots: Slots, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device, reader: Reader
-) -> None:
+def _fill(model: Decoder, slots: Slots, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device) -> None:
     """Give the meta model its weights. Tensors that cannot be mapped are made once, then filled piece by piece."""
     shapes = parameter_shapes(model)
-    ready: dict[str, Tensor] = {}
+    maps, ready = Maps(), dict[str, Tensor]()
     rest: list[tuple[Entry, Slot]] = []
     for name, slot in sorted(slots.items(), key=lambda item: (str(entries[item[0]].path), entries[item[0]].start)):
         if mappable(entries[name], slot, dtype, device):
-            ready |= mapped(reader, entries[name], slot)
+            ready |= mapped(maps, entries[name], slot)
         else:
             rest.append((entries[name], slot))
     for name in dict.fromkeys(part.name for _, slot in rest for part in slot.parts):
         ready[name] = torch.empty(shapes[name], dtype=dtype, device=device)
-    with _one_thread():
-        for entry, slot in rest:
-            copy_in(reader, entry, slot, ready)
+    if rest:
+        _copy_all(rest, ready)
     _assign(model, ready)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread copies about as fast as memory allows; on a busy machine more of them wait for each other."""
+def _copy_all(rest: list[tuple[Entry, Slot]], ready: dict[str, Tensor]) -> None:
+    """Disk tensors side by side, each in one thread: torch's own threads would wait for each other at every slab."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    workers = ThreadPoolExecutor(min(WORKERS, before), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield
+        with workers:
+            list(workers.map(lambda item: copy_in(item[0], item[1], ready), rest))  # raises what a thread raised
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before)  # a part of the setting is the whole process's
 
 
 def _assign(model: Decoder, tensors: dict[str, Tensor]) -> None:

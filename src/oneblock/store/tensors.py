@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,59 +20,61 @@ from oneblock.store.rules import Part, Slot
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-SLAB = 1 << 20  # bytes
+SLAB = 1 << 20  # bytes: small enough to stay in the processor's cache
 
 
-class Reader:
-    """The open files of a checkpoint. Its maps live on as long as a tensor uses them."""
+class Maps:
+    """The files of a checkpoint as memory. A map lives on as long as a tensor uses it."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        self._open = ExitStack()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._open.close()
 
     def view(self, entry: Entry) -> Tensor:
         """The tensor in the file's own pages. Writing to it changes this process's copy, never the file."""
         if entry.path not in self._maps:
-            self._maps[entry.path] = mmap.mmap(self._file(entry.path).fileno(), 0, access=mmap.ACCESS_COPY)
+            with entry.path.open("rb") as file:
+                self._maps[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = (entry.end - entry.start) // SIZES[entry.dtype]
-        flat = torch.frombuffer(self._maps[entry.path], dtype=DTYPES[entry.dtype], count=count, offset=entry.start)
-        return flat.view(entry.shape)
+        memory, dtype = self._maps[entry.path], DTYPES[entry.dtype]
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
-    def fill(self, tensor: Tensor, entry: Entry, start: int) -> None:
-        """Read a contiguous CPU tensor of the file's dtype from byte `start` of the stored one."""
-        memory = tensor.view(-1).view(torch.uint8).numpy().data
-        file, done = self._file(entry.path), 0
-        file.seek(entry.start + start)
+
+class Source:
+    """A disk tensor open for reading piece by piece. Each thread has its own."""
+
+    def __init__(self, entry: Entry):
+        self.entry, self.dtype = entry, DTYPES[entry.dtype]
+        self._file = entry.path.open("rb", buffering=0)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+
+    def fill(self, tensor: Tensor, start: int) -> Tensor:
+        """Read a contiguous CPU tensor from byte `start` of the stored one."""
+        memory, done = tensor.view(-1).view(torch.uint8).numpy().data, 0
+        self._file.seek(self.entry.start + start)
         while done < len(memory):
-            count = file.readinto(memory[done:])  # pyright: ignore[reportAttributeAccessIssue]
+            count = self._file.readinto(memory[done:])
             if not count:
-                raise OneblockError(f"{entry.path}: ends inside tensor {entry.name!r}; {AGAIN}")
+                raise OneblockError(f"{self.entry.path}: ends inside tensor {self.entry.name!r}; {AGAIN}")
             done += count
+        return tensor
 
-    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Room for one slab, the same each time: blocks that come and go between the weights would leave holes."""
-        size = torch.Size(shape).numel() * dtype.itemsize
+    def read(self, shape: tuple[int, ...], start: int) -> Tensor:
+        """The same into a tensor that lasts until the next read: slabs that came and went would leave holes."""
+        size = torch.Size(shape).numel() * self.dtype.itemsize
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
-        return self._scratch[:size].view(dtype).view(shape)
-
-    def _file(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            self._files[path] = self._open.enter_context(path.open("rb"))
-        return self._files[path]
+        return self.fill(self._scratch[:size].view(self.dtype).view(shape), start)
 
 
-def mapped(reader: Reader, entry: Entry, slot: Slot) -> dict[str, Tensor]:
+def mapped(maps: Maps, entry: Entry, slot: Slot) -> dict[str, Tensor]:
     """The parts of a disk tensor without a copy; `mappable` says whether that can be."""
-    whole = reader.view(entry)
+    whole = maps.view(entry)
     if len(slot.parts) == 1:
         return {slot.parts[0].name: whole}
     return {part.name: whole[part.start : part.start + part.size] for part in slot.parts}
@@ -86,42 +86,49 @@ def mappable(entry: Entry, slot: Slot, dtype: torch.dtype, device: torch.device)
     return as_it_lies and aligned and device.type == "cpu" and DTYPES[entry.dtype] == dtype
 
 
-def copy_in(reader: Reader, entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+def copy_in(entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
     """Fill our tensors from one disk tensor."""
-    dtype = DTYPES[entry.dtype]
-    if _in_stretches(slot):
-        for part in slot.parts:
-            target = _own(slot, ours[part.name]).view(-1)
-            first = part.start * _row_bytes(slot, dtype)
-            straight = target.device.type == "cpu" and target.dtype == dtype
-            for items in _slabs(target.numel(), dtype.itemsize):
-                slab = target[items] if straight else reader.scratch((items.stop - items.start,), dtype)
-                reader.fill(slab, entry, first + items.start * dtype.itemsize)
-                if not straight:
-                    target[items].copy_(slab)
-        return
-    if slot.turned:
-        _copy_turned(reader, entry, slot, ours)
-        return
+    with Source(entry) as source:
+        if _in_stretches(slot):
+            _copy_stretches(source, slot, ours)
+        elif slot.turned:
+            _copy_turned(source, slot, ours)
+        else:
+            _copy_grid(source, slot, ours)
+
+
+def _copy_stretches(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+    size = source.dtype.itemsize
+    for part in slot.parts:
+        target = _own(slot, ours[part.name]).view(-1)
+        first = part.start * _row_bytes(slot, source.dtype)
+        if target.device.type == "cpu" and target.dtype == source.dtype:
+            source.fill(target, first)
+            continue
+        for items in _slabs(target.numel(), size):
+            target[items].copy_(source.read((items.stop - items.start,), first + items.start * size))
+
+
+def _copy_grid(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
     grid = _grid(slot)
-    row_bytes = (entry.end - entry.start) // max(1, grid[0])
+    row_bytes = torch.Size(grid[1:]).numel() * source.dtype.itemsize
     for rows in _slabs(grid[0], row_bytes):
-        slab = reader.scratch((rows.stop - rows.start, *grid[1:]), dtype)
-        reader.fill(slab, entry, rows.start * row_bytes)
+        slab = source.read((rows.stop - rows.start, *grid[1:]), rows.start * row_bytes)
         for part in slot.parts:
             _on_grid(slot, part, ours[part.name])[rows].copy_(_cut(slot, part, slab))
 
 
-def _copy_turned(reader: Reader, entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+def _copy_turned(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
     """Fill our (out, in) matrices from stored (in, out) ones, one or a stack of them.
 
     torch transposes fast only between whole matrices of one dtype: four times as fast as copying into a view.
     """
-    dtype, (n_in, n_out) = DTYPES[entry.dtype], slot.shape[-2:]
+    n_in, n_out = slot.shape[-2:]
+    row_bytes = n_out * source.dtype.itemsize
     for i in range(slot.shape[0] if len(slot.shape) == 3 else 1):
-        for rows in _slabs(n_in, n_out * dtype.itemsize):
-            slab = reader.scratch((rows.stop - rows.start, slot.groups, n_out // slot.groups), dtype)
-            reader.fill(slab, entry, (i * n_in + rows.start) * n_out * dtype.itemsize)
+        for rows in _slabs(n_in, row_bytes):
+            shape = (rows.stop - rows.start, slot.groups, n_out // slot.groups)
+            slab = source.read(shape, (i * n_in + rows.start) * row_bytes)
             for part in slot.parts:
                 target = ours[part.name][i] if len(slot.shape) == 3 else ours[part.name]
                 piece = slab[:, :, part.start : part.start + part.size].flatten(1)
