@@ -37,10 +37,10 @@ class Demo:
 
 def demo(options: Demo) -> None:
     began = time.perf_counter()
-    run = folder(options.out)
-    text = run / f"python-{platform.python_version()}.txt"
     if options.seconds < 15:
         raise OneblockError(f"--seconds is {options.seconds:g}, but the demonstration takes at least 15")
+    run = folder(options.out)
+    text = run / f"python-{platform.python_version()}.txt"
     text.write_text(corpus(), encoding="utf-8")
     print(f"Learning to write Python from the standard library of Python {platform.python_version()}.")
     session = begin(run, text, options, began)

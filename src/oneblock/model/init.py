@@ -16,7 +16,7 @@ STD, WIDTH = 0.02, 768  # GPT-2's, at its width; in narrower models it takes mor
 def init_weights(model: Decoder, seed: int) -> None:
     """GPT-2's start: normal weights, those that write to the stream smaller by sqrt(2 x layers), gains at one.
 
-    The spread goes with 1 / sqrt(width): 0.05 at 128, where it saves a quarter of the steps to the same loss.
+    The spread goes with 1 / sqrt(width): 0.05 at 128, where short runs end lower by it (docs/train.md).
     The same seed gives the same weights on every device: they are drawn on the CPU in fp32.
     """
     generator = torch.Generator().manual_seed(seed)

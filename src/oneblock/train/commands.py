@@ -112,7 +112,9 @@ def summary(job: Job, options: Train) -> str:
     from oneblock.train.loop import has_bf16
 
     loop, spec = options.loop, job.spec
-    dtype = loop.dtype if loop.dtype != "auto" else ("bfloat16" if has_bf16(loop.device) else "float32")
+    dtype = (
+        loop.dtype if loop.dtype != "auto" else ("bfloat16" if has_bf16(loop.device.partition(":")[0]) else "float32")
+    )
     need = memory.training(spec, job.context, loop.batch, dtype)
     step = loop.batch * loop.accumulate * job.context
     total = loop.steps * step
