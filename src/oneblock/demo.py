@@ -81,7 +81,7 @@ def settings(text: Path, seed: int) -> Train:
         loop=Loop(batch=12, seed=seed),
         optimizer=Optimizer(lr=3e-3, beta2=0.95),
         schedule=Schedule(warmup=40),
-        watch=Watch(eval_every=0, save_every=0),
+        watch=Watch(eval_every=0, eval_batches=16, save_every=0),
     )
 
 
@@ -107,6 +107,7 @@ class Looks:
             show = self.session.show
             show.note(f"\nafter {state.step:,} steps (loss {float(metrics.loss):.2f}) it writes:", "bold")
             show.code(self.session.sample("def", 60))
+            self.session.validate()
         self.last = time.perf_counter()
 
 

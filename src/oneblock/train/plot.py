@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-SMOOTH = 0.9  # of the moving average drawn over the raw losses
+NEIGHBOURS = 25  # the curve over the raw losses is a mean over two 25ths of the run
 TRAIN, VAL, FAINT = "#2563eb", "#ea580c", "#94a3b8"
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, its start corrected as Adam does."""
-    out, mean, weight = [], 0.0, 1.0
-    for value in values:
-        mean, weight = SMOOTH * mean + (1 - SMOOTH) * value, weight * SMOOTH
-        out.append(mean / (1 - weight))
+    """The mean of each value and its neighbours, fewer of them at the ends: unlike a trailing mean it does not lag."""
+    reach = len(values) // NEIGHBOURS
+    out = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)
+        out.append(sum(values[i - near : i + near + 1]) / (2 * near + 1))
     return out
 
 
