@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,8 +107,9 @@ class Looks:
             self.due = [share for share in self.due if share > progress]
             show = self.session.show
             show.note(f"\nafter {state.step:,} steps (loss {float(metrics.loss):.2f}) it writes:", "bold")
-            show.code(self.session.sample("def", 60))
-            self.session.validate()
+            with self.threads.one():  # a token at a time is too little work to share
+                show.code(self.session.sample("def", 60))
+                self.session.validate()
         self.last = time.perf_counter()
 
 
@@ -119,7 +121,7 @@ class Threads:
     with another number of threads, so what must be repeatable to the bit cannot do this.)
     """
 
-    RETRY = 2.0  # seconds after which the slower way is tried again
+    RETRY = 40  # the slower way is tried again when it would be one in this many steps' time
 
     def __init__(self) -> None:
         import torch
@@ -129,10 +131,16 @@ class Threads:
         self.tried = dict.fromkeys(self.took, 0.0)
         self.now = max(self.took)
 
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        self.set(1)
+        yield
+        self.set(self.now)
+
     def after(self, now: float, took: float) -> None:
         """A step took this long and ended `now` seconds into the run: choose for the next."""
         self.took[self.now], self.tried[self.now] = took, now
-        stale = [n for n in self.took if now - self.tried[n] > self.RETRY]
+        stale = [n for n in self.took if now - self.tried[n] > self.RETRY * self.took[n]]
         self.now = stale[0] if stale else min(self.took, key=lambda n: self.took[n])
         self.set(self.now)
 
@@ -143,7 +151,7 @@ def write(session: Session) -> None:
 
     session.validate()
     session.picture()
-    torch.set_num_threads(1)  # a token at a time is too little work to share
+    torch.set_num_threads(1)
     session.show.note("\nIt goes on from a few beginnings:", "bold")
     for prompt in PROMPTS:
         session.show.code(session.sample(prompt, 70))
