@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "COLUMNS": "120", "NO_COLOR": "1"}
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make a busy machine several times slower
 
 import pytest
 import torch
