@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-TORCH := torch==2.13.0
+TORCH := 2.13.0
 PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3 python
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
@@ -48,8 +48,11 @@ $(VENV)/.python:
 	echo "error: no Python 3.11 to 3.13 with venv was found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1
 
 # torch comes first and by itself, so that pip takes a local CPU build where there is one.
-$(VENV)/.core: $(VENV)/.python requirements.txt pyproject.toml
-	@$(PIP) install --constraint requirements.txt $(TORCH)
+$(VENV)/.torch-$(TORCH): $(VENV)/.python
+	@$(PIP) install --constraint requirements.txt torch==$(TORCH)
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.torch-$(TORCH) requirements.txt pyproject.toml
 	@$(PIP) install --quiet --requirement requirements.txt
 	@$(PIP) install --quiet --no-deps --editable .
 	@touch $@

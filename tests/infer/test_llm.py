@@ -164,7 +164,7 @@ def test_what_a_user_can_mend_is_one_line(plain: Path, prompt: Any, options: dic
 
 def test_an_unknown_option_is_named(plain: Path) -> None:
     with pytest.raises(TypeError, match="unknown argument 'temprature'"):
-        oneblock.load(plain).generate([1], temprature=0.5)  # type: ignore[call-arg]
+        oneblock.load(plain).generate([1], temprature=0.5)
     with pytest.raises(OneblockError, match="dtype"):
         oneblock.load(plain, dtype="float13")
     with pytest.raises(OneblockError, match="no/such"):
