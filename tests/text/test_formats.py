@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from oneblock.errors import OneblockError
 from oneblock.text import Tokenizer, byte_level, bytepairs, characters, sentencepiece, train_bpe
@@ -116,23 +118,31 @@ def test_llama2_equals_sentencepiece(data: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
-@pytest.mark.parametrize("defined", [[], ["<extra>"]], ids=["plain", "defined"])
-def test_trained_sentencepiece_models(kind: str, rule: str, defined: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", [True, False], ids=["prefix", "bare"])
+@pytest.mark.parametrize("defined", [[], ["<extra>", "<e", "▁▁▁"]], ids=["plain", "defined"])
+def test_trained_sentencepiece_models(kind: str, rule: str, prefix: bool, defined: list[str], tmp_path: Path) -> None:
     library = pytest.importorskip("sentencepiece")
     corpus = ["the cat sat on the mat", "a dog and a cat", "two  spaces, ﬁne ½ things"] * 40 + TEXTS[1:3]
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "m"), vocab_size=320, model_type=kind,
         normalization_rule_name=rule, byte_fallback=True, user_defined_symbols=defined, minloglevel=2,
-        hard_vocab_limit=False, remove_extra_whitespaces=rule != "identity",
+        hard_vocab_limit=False, remove_extra_whitespaces=rule != "identity", add_dummy_prefix=prefix,
     )  # fmt: skip
     theirs = library.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     ours = Tokenizer.load(tmp_path / "m.model")
     texts = ["the cat", "a dog sat", "ﬁne ½ things", "日本 unseen", "two  spaces here", "<s> </s>"]
-    texts += [" a ", "  b"] if not defined else ["the <extra> dog"] if rule == "identity" else []
+    texts += [" a ", "  b", "", "the <extra> dog", "<extra>the<e cat", " <extra>  \n", "\n<e", "<unk><extra></s>"]
     for text in texts:
         ids = ours.encode(text, bos=False)
         assert ids == theirs.encode(text), text
         assert ours.decode(ids) == theirs.decode(ids)
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.sampled_from([*"bcdet <\n", "cat", "the", "<extra>", "<e", "</s>", "日", "½"]), max_size=12))
+    def holds_for(parts: list[str]) -> None:
+        assert ours.encode("".join(parts), bos=False) == theirs.encode("".join(parts))
+
+    holds_for()
 
 
 def test_gpt2_files(data: Path) -> None:
@@ -159,11 +169,28 @@ def test_a_trained_llama_tells_its_story(data: Path) -> None:
     assert Tokenizer.load(folder).decode(expected["greedy_ids"]) == expected["greedy_text"]
 
 
-def test_merges_of_ranks_are_those_tiktoken_applies() -> None:
-    """Overlaps of one letter, where the order of merges shows."""
-    single = {bytes([b]): b for b in range(256)}
-    ranks = single | {b"aa": 256, b"aaa": 257, b"ba": 258, b"aaaa": 259, b"baaa": 260, b"zzz": 261}
-    assert bytepairs.merges_of(ranks) == [(b"a", b"a"), (b"aa", b"a"), (b"b", b"a"), (b"aa", b"aa"), (b"b", b"aaa")]
+@given(st.lists(st.text("ab", min_size=2, max_size=5), unique=True, max_size=12), st.text("ab", max_size=16))
+@settings(max_examples=300, deadline=None)
+def test_merges_of_any_ranks_are_those_tiktoken_applies(tokens: list[str], text: str) -> None:
+    """Also of ranks that no training gives: tokens that come before their parts, or without them."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([b]): b for b in range(256)} | {token.encode(): 256 + i for i, token in enumerate(tokens)}
+    theirs = tiktoken.Encoding("any", pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={})
+    vocab = {bytepairs.letters(token): rank for token, rank in ranks.items()}
+    ours = Backend(models.BPE(vocab, bytepairs.merges_of(vocab), ignore_merges=True))
+    assert ours.encode(text).ids == theirs.encode(text)
+
+
+def test_llama3_words_of_tokens_that_no_merges_of_lower_rank_make(data: Path) -> None:
+    file = data / RANKS["llama3"][0]
+    ours, theirs = Tokenizer.load(file), tiktoken_of(file, LLAMA3)
+    for text in (
+        " благодаряscope благодаря první",  # noqa: RUF001
+        "larındaki اختلsix",  # noqa: RUF001
+        " ранішеátky diệtlaştır.matmul",  # noqa: RUF001
+        ".:.:.:.:.: внутр",
+    ):
+        assert ours.encode(text, bos=False) == theirs.encode(text)
 
 
 trained = train_bpe(["the cat sat on the mat. " * 20, "def f(x):\n    return x\n" * 9, "日本語 😀 "], 400)

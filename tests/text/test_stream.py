@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from oneblock.errors import OneblockError
 from oneblock.text import Tokenizer, byte_level, train_bpe
 
 FILES = ("tokenizers/llama2", "tokenizers/qwen2_5", "weights/stories260k", "tokenizers/gpt2")
@@ -33,13 +34,15 @@ def test_pieces_add_up(file: str, data: Path) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_any_ids_equal_the_library_where_they_are_text(file: str, data: Path) -> None:
     tokenizer = Tokenizer.load(data / file)
+    hidden = {id for id in tokenizer.special.values() if not tokenizer.decode([id])}
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
     def holds_for(ids: list[int]) -> None:
         text = tokenizer.decode(ids)
         assert "".join(pieces(tokenizer, ids)) == text
-        library = tokenizer.backend.decode(ids)
+        shown = [id for id in ids if id not in hidden]
+        library = tokenizer.backend.decode(shown, skip_special_tokens=False)
         if "\ufffd" not in library:
             assert text == library
 
@@ -63,11 +66,38 @@ def test_bytes_decode_as_python_does(ids: list[int]) -> None:
     assert "".join(pieces(one, ids)) == one.decode(ids) == bytes(ids).decode("utf-8", "replace")
 
 
-def test_a_decoder_that_looks_back() -> None:
+def test_llama2_bytes_decode_as_sentencepiece_does(data: Path) -> None:
+    library = pytest.importorskip("sentencepiece")
+    file = data / "tokenizers/llama2/tokenizer.model"
+    ours, theirs = Tokenizer.load(file), library.SentencePieceProcessor(model_file=str(file))
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.integers(3, 258) | st.sampled_from([29871, 259, 22172, 31999]), max_size=12))
+    def holds_for(ids: list[int]) -> None:
+        assert "".join(pieces(ours, ids)) == ours.decode(ids) == theirs.decode(ids)
+
+    holds_for()
+
+
+def test_words_with_ends() -> None:
+    """GPT-1's: the space after a word is shown when another follows."""
     backend = Backend(models.BPE({"un</w>": 0, "do": 1, "ing</w>": 2}, [], end_of_word_suffix="</w>"))
     backend.decoder = decoders.BPEDecoder("</w>")
-    one = Tokenizer(backend)
-    assert "".join(pieces(one, [0, 1, 2, 0])) == backend.decode([0, 1, 2, 0]) == "un doing un"
+    assert pieces(Tokenizer(backend), [0, 1, 2]) == ["un", " do", "ing", ""]
+
+
+def test_ids_that_are_none() -> None:
+    for id in (-1, -100, 2**40, "a", None):
+        with pytest.raises(OneblockError, match="no id of a token"):
+            byte_level().decode([id])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_decoder_that_looks_back() -> None:
+    backend = Backend(models.WordLevel({"un": 0, "do": 1, "##ing": 2}, "un"))
+    backend.decoder = decoders.WordPiece("##", cleanup=False)
+    one, ids = Tokenizer(backend), [0, 1, 2, 0] * 9
+    assert "".join(pieces(one, ids)) == one.decode(ids) == backend.decode(ids)
+    assert backend.decode(ids[:4]) == "un doing un"
 
 
 def test_control_tokens_are_hidden_unless_asked() -> None:

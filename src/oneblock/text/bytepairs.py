@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Mapping
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -33,6 +33,7 @@ O200K = "|".join(
         r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     )
 )
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 LLAMA3_SPECIAL = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
@@ -55,21 +56,26 @@ def byte_letters() -> tuple[str, ...]:
     return tuple(chr(byte if byte in shapes else next(others)) for byte in range(256))
 
 
+@cache
+def _table() -> dict[int, str]:
+    return dict(enumerate(byte_letters()))
+
+
 def letters(token: bytes) -> str:
-    table = byte_letters()
-    return "".join(table[byte] for byte in token)
+    return token.decode("latin-1").translate(_table())
 
 
-def from_ranks(path: Path) -> Tokenizer:
-    """A tiktoken file: one line a token, its bytes in base64 and its rank."""
+def from_ranks(path: Path, named: Mapping[str, int] | None = None) -> Tokenizer:
+    """A tiktoken file: one line a token, its bytes in base64 and its rank. `named`: control tokens, if known better."""
     ranks = read_ranks(path)
     if len(ranks) not in KNOWN:
         known = ", ".join(f"{n:,}" for n in sorted(KNOWN))
         raise OneblockError(f"{path} has {len(ranks):,} ranks, of no known tokenizer ({known}): give a tokenizer.json")
     pattern, special = KNOWN[len(ranks)]
-    vocab = {letters(token): rank for token, rank in ranks.items()} | special
-    merges = [(letters(a), letters(b)) for a, b in merges_of(ranks)]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    taken = set(ranks.values())
+    special = {name: id for name, id in (named or {}).items() if id not in taken} or special
+    vocab = {letters(token): rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocab | special, merges_of(vocab), ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return byte_level(tokenizer, pattern)
 
@@ -100,43 +106,23 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts each token is merged from, in the order of their ranks.
+def merges_of(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Every pair of tokens that makes a third one, in the order of the third's rank.
 
-    tiktoken merges whatever neighbours make the token of the lowest rank. Within one token nothing outside takes
-    part, so its last merge is always the same one: that of the token's own bytes under the lower ranks.
+    tiktoken merges whatever neighbours make the token of the lowest rank, so each pair counts: of Llama 3's tokens
+    678 are not what their own bytes under the lower ranks would merge to, yet longer words come by them.
     """
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = merged(token, ranks, rank)
-            if len(parts) == 2:  # else no merges lead to it: only a piece that is the whole token becomes it
-                merges.append((parts[0], parts[1]))
+    for token in sorted(vocab, key=vocab.__getitem__):
+        for i in range(1, len(token)):
+            left = token[:i]
+            if left in vocab and token[i:] in vocab:
+                merges.append((left, token[i:]))
     return merges
 
 
-def merged(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """The token's bytes after every merge of a lower rank."""
-    if len(token) == 2:
-        return [token[:1], token[1:]]
-    ends = list(range(len(token) + 1))  # part i is token[ends[i]:ends[i + 1]]
-    get = ranks.get
-    costs = [get(token[i : i + 2], below) for i in range(len(token) - 1)]  # of joining parts i and i + 1
-    while costs:
-        best = min(costs)
-        if best >= below:
-            break
-        i = costs.index(best)
-        del ends[i + 1], costs[i]
-        if i < len(costs):
-            costs[i] = get(token[ends[i] : ends[i + 2]], below)
-        if i > 0:
-            costs[i - 1] = get(token[ends[i - 1] : ends[i + 1]], below)
-    return [token[a:b] for a, b in pairwise(ends)]
-
-
-def from_vocab(vocab_path: Path, merges_path: Path) -> Tokenizer:
-    """GPT-2's two files; GPT-1's too, whose words end in `</w>`."""
+def from_vocab(vocab_path: Path, merges_path: Path, qwen: bool = False) -> Tokenizer:
+    """GPT-2's two files; GPT-1's too, whose words end in `</w>`; and Qwen's, of another pattern."""
     try:
         vocab = json.loads(vocab_path.read_text("utf-8"))
         lines = merges_path.read_text("utf-8").split("\n")
@@ -152,7 +138,8 @@ def from_vocab(vocab_path: Path, merges_path: Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     special = [name for name in vocab if name.startswith("<|") and name.endswith("|>")]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
-    return byte_level(tokenizer)
+    tokenizer.normalizer = normalizers.NFC() if qwen else None
+    return byte_level(tokenizer, QWEN2 if qwen else None)
 
 
 def _gpt1(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -160,4 +147,5 @@ def _gpt1(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>",) if name in vocab])
     return tokenizer

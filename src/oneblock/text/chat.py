@@ -1,104 +1,76 @@
-"""Chat templates, which are programs that come with a checkpoint: run in a sandbox, under a limit of time and size."""
+"""Conversations as ids: the template's control tokens work, and those that people write stay text."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from oneblock.errors import OneblockError
-
-GUARD = "\ue0fe"  # a private character inside guarded names; chat templates and people do not use it
-SECONDS = 5.0
-LETTERS = 4_000_000  # of output
+Message = Mapping[str, Any]
 
 
-class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, in which no text or list grows past the limit of the output by a multiplication."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for many, times in ((left, right), (right, left)):
-            if operator == "*" and hasattr(many, "__len__") and isinstance(times, int) and len(many) * times > LETTERS:
-                raise jinja2.TemplateRuntimeError("a multiplication makes too long a text")
-        if operator == "**":
-            raise jinja2.TemplateRuntimeError("powers are not allowed")
-        return super().call_binop(context, operator, left, right)
-
-
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """The text of a template. What it may do, and its helpers, are those Hugging Face gives."""
-    env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    env.filters["tojson"] = _tojson
-    env.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-    try:
-        return _limited(env.from_string(template), values)
-    except (
-        jinja2.TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        RecursionError,
-    ) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise OneblockError(f"the chat template refuses this conversation: {reason}") from None
+def plain(value: Any) -> Any:
+    """What a template may see: texts, numbers, lists and dicts, and of everything else its name."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str():
+            return str.__str__(value)
+        case Mapping():
+            return {plain(key): plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [plain(item) for item in value]
+    return f"<{type(value).__name__}>"
 
 
-def _limited(template: jinja2.Template, values: Mapping[str, Any]) -> str:
-    """Render while a clock and a scale look on: a tracer sees every line that the template runs."""
-    end, pieces, size = time.monotonic() + SECONDS, [], 0
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if time.monotonic() > end:
-            raise jinja2.TemplateRuntimeError(f"it ran for over {SECONDS:g} seconds")
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        for piece in template.generate(**values):
-            size += len(piece)
-            if size > LETTERS:
-                raise jinja2.TemplateRuntimeError(f"its text is over {LETTERS:,} letters")
-            pieces.append(piece)
-    finally:
-        sys.settrace(before)
-    return "".join(pieces)
+def without_none(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """`"content": None`, as some APIs write it, is the same as no content; templates know the latter alone."""
+    return [{key: value for key, value in message.items() if value is not None} for message in plain(list(messages))]
 
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """JSON as it is, not escaped for HTML as jinja2's own filter does."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def guard(value: Any, names: Mapping[str, int]) -> Any:
-    """The value with every control token that its texts spell broken up by a mark."""
+def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        for name in names:
-            if name in value:
-                value = value.replace(name, name[:1] + GUARD + name[1:])
-        return value
-    if isinstance(value, Mapping):
-        return {guard(key, names): guard(x, names) for key, x in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [guard(x, names) for x in value]
-    return value
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings(item)
 
 
-def unguard(text: str) -> str:
-    return text.replace(GUARD, "")
+def unused(*values: Any) -> str:
+    """A private character that occurs in none of the values, not even as an escape of JSON."""
+    texts = [text for value in values for text in strings(value)]
+    marks = (chr(code) for code in range(0xE000, 0xF900))
+    return next(m for m in marks if not any(m in text or f"\\u{ord(m):04x}" in text for text in texts))
+
+
+class Guard:
+    """Breaks up control tokens that texts spell by a mark, which a template carries along unseen.
+
+    Also a text's end that is the beginning of one, which the next text might complete: `<|im_` and `end|>`.
+    """
+
+    def __init__(self, names: Collection[str], mark: str):
+        self.mark = mark
+        self._names = sorted(names, key=len, reverse=True)
+        self._heads = {name[:size] for name in names for size in range(1, len(name))}
+        self._longest = max(map(len, self._heads), default=0)
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._text(value)
+        if isinstance(value, Mapping):
+            return {self(key): self(item) for key, item in value.items()}
+        return [self(item) for item in value] if isinstance(value, list) else value
+
+    def _text(self, text: str) -> str:
+        for name in self._names:
+            if name in text:
+                text = text.replace(name, name[:1] + self.mark + name[1:])
+        end = len(text.rstrip())  # templates strip
+        for start in range(max(0, end - self._longest), end):
+            if text[start:end] in self._heads:
+                return text[: start + 1] + self.mark + text[start + 1 :]
+        return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,23 +54,9 @@ def tokenizer(options: Options) -> None:
 def _train(options: Options) -> None:
     if options.out is None:
         raise OneblockError("where should the tokenizer go? add --out FOLDER")
-    found = train_bpe(read(options.train), options.vocab, progress=sys.stderr.isatty())
+    found = train_bpe(options.train, options.vocab, progress=sys.stderr.isatty())
     found.save(options.out)
     if options.json:
         print(jsonlib.dumps({"out": str(options.out), "vocab": found.vocab_size}))
     else:
         print(f"{found.vocab_size:,} ids in {options.out}; see it cut: oneblock tokenizer --model {options.out}")
-
-
-def read(paths: tuple[Path, ...]) -> Iterator[str]:
-    """The texts of files; one line what is wrong where one cannot be read."""
-    for path in paths:
-        try:
-            text = path.read_text("utf-8")
-        except OSError as error:
-            raise OneblockError(f"{path}: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise OneblockError(f"{path} is no UTF-8 text (byte {error.start}): convert it first") from None
-        if not text:
-            raise OneblockError(f"{path} is empty: give a text")
-        yield text

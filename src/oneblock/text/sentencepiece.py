@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from oneblock.errors import OneblockError
 SPACE = "▁"  # how SentencePiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
 UNIGRAM, BPE = 1, 2  # kinds of models
+EVERY = 1 << 16  # spaces: all there are
 
 
 @dataclass
@@ -32,46 +33,70 @@ class Model:
     squeeze: bool = True  # several spaces become one, those at the ends none
 
 
-def from_sentencepiece(path: Path) -> tuple[Tokenizer, Model]:
+def from_sentencepiece(path: Path, special: Collection[str] = ()) -> tuple[Tokenizer, Model]:
+    """`special`: pieces that the folder's config calls control tokens, whatever the model itself says."""
     model = read_model(path)
-    vocab = {text: i for i, (text, _, _) in enumerate(model.pieces)}
-    fallback = any(kind == BYTE for _, _, kind in model.pieces)
-    unk = model.pieces[model.unk_id][0]
-    if model.kind == BPE:
-        parts = merges_of(model, vocab)
-        tokenizer = Tokenizer(models.BPE(vocab, parts, unk_token=unk, fuse_unk=True, byte_fallback=fallback))
-    elif model.kind == UNIGRAM:
-        scores = [(text, score) for text, score, _ in model.pieces]
-        tokenizer = Tokenizer(models.Unigram(scores, model.unk_id, fallback))
-    else:
-        raise OneblockError(f"{path} is a SentencePiece model of words or characters: only BPE and unigram are known")
-    defined = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
-    tokenizer.normalizer = normalizers.Sequence(_normalizers(model, prefix=not defined))
-    control = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN)]
-    cuts: list[Any] = [_apart(control)] if model.kind == UNIGRAM else []
-    if defined and model.dummy_prefix:  # these cut a text into parts, of which the first alone begins with a space
-        cuts.append(pre_tokenizers.Metaspace(SPACE, "first", split=False))
+    control = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN) or text in special]
+    defined = [text for text, _, kind in model.pieces if kind == USER_DEFINED and text not in special]
+    tokenizer = Tokenizer(_model(path, model, whole=bool(defined)))
+    tokenizer.normalizer = normalizers.Sequence(_normalizers(model))
+    cuts: list[Any] = []
+    if defined:  # not added tokens: after each of those a text would begin anew, and with a space
+        cuts.append(pre_tokenizers.Split(Regex(any_of(defined)), "isolated"))
+    if defined or model.kind == UNIGRAM:
+        cuts.append(_apart(control))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts) if cuts else None
-    undo = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if model.dummy_prefix else undo)
+    tokenizer.decoder = decoders.Sequence(_decoders(model))
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
-    tokenizer.add_tokens([AddedToken(text, normalized=True, special=False) for text in defined])
     return tokenizer, model
 
 
+def _model(path: Path, model: Model, whole: bool) -> Any:
+    """`whole`: what is cut out of the text and is a piece becomes it, whether merges lead there or not."""
+    fallback = any(kind == BYTE for _, _, kind in model.pieces)
+    if model.kind == UNIGRAM:
+        return models.Unigram([(text, score) for text, score, _ in model.pieces], model.unk_id, fallback)
+    if model.kind != BPE:
+        raise OneblockError(f"{path} is a SentencePiece model of words or characters: only BPE and unigram are known")
+    vocab = {text: i for i, (text, _, _) in enumerate(model.pieces)}
+    unk = model.pieces[model.unk_id][0]
+    parts = merges_of(model, vocab)
+    return models.BPE(vocab, parts, unk_token=unk, fuse_unk=True, byte_fallback=fallback, ignore_merges=whole)
+
+
+def any_of(words: Collection[str]) -> str:
+    """A pattern of any of the words, the longest first, that branches letter by letter: there may be thousands."""
+    branches: dict[str, list[str]] = {}
+    for word in words:
+        if word:
+            branches.setdefault(word[0], []).append(word[1:])
+    found = []
+    for letter, rests in branches.items():
+        longer = any_of([rest for rest in rests if rest])
+        optional = "?" if "" in rests and longer else ""
+        found.append(re.escape(letter) + (f"(?:{longer}){optional}" if longer else ""))
+    return "|".join(found)
+
+
 def _apart(control: list[str]) -> pre_tokenizers.Split:
-    """A cut within each control token: a unigram model would else take one that a text spells for a likely piece."""
+    """A cut within each control token: one that a text spells would else be taken for a likely piece."""
     places = "|".join(f"(?<={re.escape(text[:1])})(?={re.escape(text[1:])})" for text in control)
     return pre_tokenizers.Split(Regex(places), "isolated")
 
 
-def _normalizers(model: Model, prefix: bool) -> list[Any]:
+def _normalizers(model: Model) -> list[Any]:
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.squeeze:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.dummy_prefix and prefix:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if model.dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     return [*steps, normalizers.Replace(" ", SPACE)]
+
+
+def _decoders(model: Model) -> list[Any]:
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces = EVERY if model.squeeze else int(model.dummy_prefix)  # that a text does not begin with
+    return [*steps, decoders.Strip(" ", spaces, 0)] if spaces else steps
 
 
 def merges_of(model: Model, vocab: dict[str, int]) -> list[tuple[str, str]]:

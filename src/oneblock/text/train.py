@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -16,9 +17,12 @@ END = "<|endoftext|>"
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END,), progress: bool = False
+    texts: Iterable[str | Path], vocab_size: int, special: Sequence[str] = (END,), progress: bool = False
 ) -> Tokenizer:
-    """Byte-level BPE (arXiv:1508.07909) of at most `vocab_size` ids, control tokens included, cut as GPT-4's is."""
+    """Byte-level BPE (arXiv:1508.07909) of at most `vocab_size` ids, control tokens included, cut as GPT-4's is.
+
+    `texts`: texts, and paths of text files. `special`: control tokens, the first of which ends a text.
+    """
     least = 256 + len(special)
     if vocab_size < least:
         raise OneblockError(
@@ -31,8 +35,22 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(_read, texts), trainer)
     return Tokenizer(backend, {"eos_token": special[0]} if special else {})
+
+
+def _read(text: str | Path) -> str:
+    if isinstance(text, str):
+        return text
+    try:
+        found = text.read_text("utf-8-sig")
+    except OSError as error:
+        raise OneblockError(f"{text}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise OneblockError(f"{text} is no UTF-8 text (byte {error.start}): convert it first") from None
+    if not found.strip():
+        raise OneblockError(f"{text} is empty: give a text")
+    return found
 
 
 def characters(text: str) -> Tokenizer:
