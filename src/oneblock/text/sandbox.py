@@ -123,15 +123,16 @@ class Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in WIDENING and super().is_safe_attribute(obj, attr, value)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)
+    def call(self, *given: Any, **kwargs: Any) -> Any:  # a template may well name an argument `obj`
+        context, obj, *args = given
+        owner = getattr(obj, "__self__", None)
         if isinstance(owner, (str, bytes)):
-            match getattr(__obj, "__name__", ""):
+            match getattr(obj, "__name__", ""):
                 case "replace":
                     _check_replace(owner, *args[:2])
                 case "join":
-                    args = tuple(_check_join(owner, items) for items in args)
-        return super().call(__context, __obj, *args, **kwargs)
+                    args = [_check_join(owner, items) for items in args]
+        return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
