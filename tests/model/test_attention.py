@@ -166,13 +166,29 @@ def test_compiles_whole_and_once_for_all_lengths(name: str) -> None:
     assert not counters["graph_break"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 100, 128, 129, 300])
+def test_products_of_bf16_stay_as_close_to_the_truth_as_the_fused_kernel(length: int) -> None:
+    a = Attention(6, 2, 32)
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(2, n, length, 32).bfloat16() for n in (6, 2, 2))
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
+    )
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert attention._products_pay(q)
+    got = attention._by_products(q, k, v, a, attention.Step(torch.arange(length)[None], ordered=True))
+    assert (got - exact).abs().mean() < 3 * (fused - exact).abs().mean() + 1e-4
+    assert (got - exact).abs().max() < 0.05
+
+
 LONG = """
 import resource, torch
 from oneblock.model import Decoder
 from oneblock.spec import Attention, Layer, Mlp, Rope, Spec
 torch.set_num_threads(1)
 attn = Attention(4, 2, 64, rope=Rope(), {options})
-model = Decoder(Spec(vocab=61, dim=256, n_layers=1, pattern=(Layer(attn, Mlp(64)),), context=16384))
+model = Decoder(Spec(vocab=61, dim=256, n_layers=1, pattern=(Layer(attn, Mlp(64)),), context=16384)).to({dtype})
 def peak():
     with torch.no_grad():
         model.hidden(torch.zeros(1, length, dtype=torch.long), positions={positions})
@@ -185,13 +201,14 @@ print((peak() - before) / 1024)
 
 
 @pytest.mark.parametrize(
-    ("options", "positions"),
-    [("", "None"), ("window=512", "None"), ("chunk=4096", "None"), ("sinks=True, window=128", "None"),
-     ("", "torch.arange(length)[None]")],
+    ("options", "positions", "dtype"),
+    [("", "None", "torch.float32"), ("", "None", "torch.bfloat16"), ("window=512", "None", "torch.float32"),
+     ("chunk=4096", "None", "torch.float32"), ("sinks=True, window=128", "None", "torch.float32"),
+     ("", "torch.arange(length)[None]", "torch.float32")],
 )  # fmt: skip
-def test_16k_prefill_is_not_quadratic_in_memory(options: str, positions: str) -> None:
+def test_16k_prefill_is_not_quadratic_in_memory(options: str, positions: str, dtype: str) -> None:
     """A 16,384 x 16,384 mask alone would be 256 MiB as bytes, the scores of one head 1,024 MiB."""
-    code = LONG.format(options=options, positions=positions)
+    code = LONG.format(options=options, positions=positions, dtype=dtype)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 240
 
