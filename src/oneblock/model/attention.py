@@ -22,6 +22,7 @@ BLOCK = 256  # queries at a time where a mask or the scores are written out: mem
 # Texts up to this long train faster on CPUs by plain products than by torch's fused path, whose backward pass is slow
 # there: 1.0 against 8.1 ms in bf16 and 2.4 against 3.5 in fp32 for 32 texts of 64 tokens, 4 heads of 32.
 SHORT = {torch.bfloat16: 512, torch.float32: 256}
+MIDDLE = 4096  # bf16 texts up to this long are read by products too; a longer one's many sizes would fragment memory
 PRODUCT = 128  # queries in one of those products: 8 texts of 512 in bf16, 12 heads of 64, take 21 ms; fused 70
 
 
@@ -86,7 +87,7 @@ def _products_pay(q: Tensor) -> bool:
         return False
     if q.requires_grad or torch.compiler.is_compiling():
         return q.requires_grad and q.shape[2] <= SHORT.get(q.dtype, 0)
-    return q.dtype == torch.bfloat16
+    return q.dtype == torch.bfloat16 and q.shape[2] <= MIDDLE
 
 
 def _fused(
