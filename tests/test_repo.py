@@ -37,7 +37,8 @@ def arguments(function: Function) -> list[ast.arg]:
 
 
 def is_method(function: Function) -> bool:
-    return bool(function.args.args) and function.args.args[0].arg in ("self", "cls")
+    first = [*function.args.posonlyargs, *function.args.args][:1]
+    return any(arg.arg.lstrip("_") in ("self", "cls") for arg in first)
 
 
 def is_builder(path: Path, function: Function) -> bool:
