@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from common import alternate, arguments, report, row, seconds
 from oneblock.data.rows import Rows, in_order
-from oneblock.train.loop import precision, train
+from oneblock.train.loop import train
 from oneblock.train.losses import evaluate, next_token
+from oneblock.train.machine import precision
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train
 from oneblock.train.prepare import Job, prepare
 from oneblock.train.session import fresh

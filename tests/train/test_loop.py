@@ -13,9 +13,10 @@ from oneblock.data import Rows
 from oneblock.data.rows import Batch, in_order
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.spec import spec
-from oneblock.train.loop import Metrics, State, has_bf16, precision, start, train
+from oneblock.train.loop import Metrics, State, start, train
 from oneblock.train.losses import evaluate, next_token
-from oneblock.train.optim import adamw, decayed_names, share
+from oneblock.train.machine import has_bf16, precision
+from oneblock.train.optim import build, decayed_names, share
 from oneblock.train.options import Loop, Optimizer, Schedule
 
 LOOP = Loop(steps=20, batch=4, dtype="float32")
@@ -106,7 +107,7 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
     assert {"blocks.0.attn.wq.weight", "blocks.0.mlp.down.weight", "head.weight"} <= decayed
     assert not {n for n in decayed if "norm" in n or n.endswith("bias") or "_in" in n or n.startswith(("embed", "pos"))}
     assert "head.weight" not in decayed_names(Decoder(spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, tied=True)))
-    groups = adamw(untied, Optimizer(weight_decay=0.3)).param_groups
+    groups = build(untied, Optimizer(weight_decay=0.3)).param_groups
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert sum(len(g["params"]) for g in groups) == len(list(untied.parameters()))
 

@@ -22,12 +22,15 @@ class Batch:
     ids: Tensor  # (B, T)
     targets: Tensor  # (B, T), the token after each; IGNORE where there is none
     count: int  # targets that count
+    documents: Tensor | None = None  # (B, T), the document of its row that each token belongs to
+    positions: Tensor | None = None  # (B, T), of each token in its document
 
     def to(self, device: torch.device | str) -> Batch:
         def moved(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        return replace(self, ids=moved(self.ids), targets=moved(self.targets))
+        tensors = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{key: moved(value) for key, value in tensors.items()})
 
 
 class Rows:

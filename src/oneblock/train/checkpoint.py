@@ -66,7 +66,7 @@ def moments(state: State) -> dict[str, Tensor]:
     """The optimizer's tensors under the names of their parameters: `exp_avg.blocks.0.attn.wq.weight`."""
     found = {}
     for name, p in state.model.named_parameters():
-        for key, value in state.optimizer.state[p].items():
+        for key, value in state.optimizer.state_of(p).items():
             found[f"{key}.{name}"] = value.contiguous()
     return found
 
@@ -99,7 +99,7 @@ def restore(folder: Path, state: State) -> Progress:
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in found]
         if len(keys) != 3:
             raise OneblockError(f"{folder / OPTIMIZER} has nothing on {name}: it belongs to another model")
-        state.optimizer.state[p] = {key: found[f"{key}.{name}"].to(p.device).clone() for key in keys}
+        state.optimizer.parts[0].state[p] = {key: found[f"{key}.{name}"].to(p.device).clone() for key in keys}
     at = progress(folder)
     state.step, state.tokens, state.seconds = at.step, at.tokens, at.seconds
     return at

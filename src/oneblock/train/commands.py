@@ -109,7 +109,7 @@ def with_changes(options: Any, changes: dict[str, Any]) -> Any:
 def summary(job: Job, options: Train) -> str:
     """The model, the text, the run and its memory in a few lines."""
     from oneblock.plan import memory, params
-    from oneblock.train.loop import has_bf16
+    from oneblock.train.machine import has_bf16
 
     loop, spec = options.loop, job.spec
     dtype = (

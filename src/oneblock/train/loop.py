@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oneblock.data.rows import Batch
-from oneblock.errors import OneblockError
 from oneblock.model import Decoder
+from oneblock.train import optim
 from oneblock.train.losses import Loss
-from oneblock.train.optim import adamw, share
+from oneblock.train.machine import precision
+from oneblock.train.optim import Optimizers, average, batches_before, batches_in, share
 from oneblock.train.options import Loop, Optimizer, Schedule
+from oneblock.train.world import World
 
 Batches = Callable[[int], Batch]  # the n-th batch of the run, a pure function of n
 
@@ -25,7 +26,8 @@ class State:
     """All that a step changes: what a checkpoint holds."""
 
     model: Decoder
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
+    ema: dict[str, Tensor] | None = None  # the running average of the weights
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # in the loop, over all sittings
@@ -39,40 +41,62 @@ class Metrics:
     step: int  # steps done with this one
     loss: Tensor
     norm: Tensor  # of the gradient, before clipping
+    good: Tensor  # False: loss or gradient were no numbers, and the weights stayed as they were
     lr: float
     tokens: int  # in this step
     seconds: float  # since the run began, all sittings
+    batches: range = range(0)  # the step's batches
+    seen: dict[str, Tensor] = field(default_factory=dict)  # what the loss shows beside itself
 
 
 Observe = Callable[[State, Metrics], None]
 
 
+class Learner(nn.Module):
+    """A model and what it minimises, as one module that can be wrapped."""
+
+    def __init__(self, model: Decoder, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        found = self.loss(self.model, batch)
+        return found if isinstance(found, tuple) else (found, {})
+
+
 def start(model: Decoder, options: Optimizer) -> State:
-    return State(model, adamw(model, options))
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if options.ema else None
+    return State(model, optim.build(model, options), ema)
 
 
 def train(
     state: State,
     batches: Batches,
-    loss: Loss,
+    loss: Loss | nn.Module,
     loop: Loop,
     optimizer: Optimizer,
     schedule: Schedule,
     observe: Observe = lambda state, metrics: None,
+    world: World | None = None,
 ) -> None:
-    """Step until the run is done or `state.stop`; `observe` is called after every step, and may do anything."""
-    compute = torch.compile(loss) if loop.compile else loss
+    """Step until the run is done or `state.stop`; `observe` is called after every step, and may do anything.
+
+    `loss` may be a wrapped `Learner`, as parallel training makes one.
+    """
+    learner = loss if isinstance(loss, nn.Module) else Learner(state.model, loss)
+    engine = Engine(learner, batches, loop, optimizer, schedule, world or World())
     began = time.perf_counter() - state.seconds
-    while (progress := done(state, loop)) < 1 and not state.stop:
-        lr = optimizer.lr * share(progress, state.step, schedule)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+    while (progress := done(state, loop)) < 1 and not engine.world.agree(state.stop):
+        rate = share(progress, state.step, schedule)
+        state.optimizer.set_rate(rate)
         torch.manual_seed(loop.seed * 1_000_003 + state.step)  # dropout, too, is a function of (seed, step)
-        value, norm, tokens = update(state, batches, compute, loop, optimizer.clip)
+        made = engine.update(state)
+        if made is None:
+            break
         state.step += 1
-        state.tokens += tokens
+        state.tokens += made.tokens
         state.seconds = time.perf_counter() - began
-        observe(state, Metrics(state.step, value, norm, lr, tokens, state.seconds))
+        observe(state, made.metrics(state, optimizer.lr * rate))
         state.seconds = time.perf_counter() - began
 
 
@@ -81,50 +105,62 @@ def done(state: State, loop: Loop) -> float:
     return state.seconds / loop.seconds if loop.seconds is not None else state.step / max(loop.steps, 1)
 
 
-def update(state: State, batches: Batches, loss: Loss, loop: Loop, clip: float) -> tuple[Tensor, Tensor, int]:
-    """One step of the optimizer: the mean loss, the norm of the gradient, the tokens learned from."""
-    device = state.model.embed.weight.device
-    first = state.step * loop.accumulate
-    parts = [batches(n) for n in range(first, first + loop.accumulate)]
-    count = sum(part.count for part in parts)
-    total = torch.zeros((), device=device)
-    for part in parts:
-        with precision(loop):
-            value = loss(state.model, part.to(device)) * (part.count / count)
-        value.backward()
-        total += value.detach()
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip or float("inf"), foreach=True)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return total, norm, count
+@dataclass(frozen=True)
+class Made:
+    """What a step made."""
+
+    loss: Tensor
+    norm: Tensor
+    good: Tensor
+    tokens: int
+    batches: range
+    seen: dict[str, Tensor]
+
+    def metrics(self, state: State, lr: float) -> Metrics:
+        rest = (self.tokens, state.seconds, self.batches, self.seen)
+        return Metrics(state.step, self.loss, self.norm, self.good, lr, *rest)
 
 
-# ------------------------------------------------------------------ precision
+@dataclass(frozen=True)
+class Engine:
+    """What stays the same from step to step."""
 
+    learner: nn.Module
+    batches: Batches
+    loop: Loop
+    optimizer: Optimizer
+    schedule: Schedule
+    world: World
 
-def precision(loop: Loop) -> torch.autocast:
-    """Weights stay fp32; products are bf16 where that was asked for, or where the machine has instructions for it."""
-    device = torch.device(loop.device).type
-    on = loop.dtype == "bfloat16" or (loop.dtype == "auto" and has_bf16(device))
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=on)
+    def update(self, state: State) -> Made | None:
+        """One step of the optimizer; None where the run was asked to stop before its last batch."""
+        first = batches_before(state.step, self.loop.accumulate, self.schedule.ramp)
+        numbers = range(first, first + batches_in(state.step, self.loop.accumulate, self.schedule.ramp))
+        parts = [self.world.split(self.batches(n)) for n in numbers]
+        device = next(state.model.parameters()).device
+        count = self.world.total(torch.tensor(sum(part.count for part in parts), dtype=torch.float64, device=device))
+        seen: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
+        for part in parts:
+            if state.stop and self.world.size == 1:
+                state.optimizer.zero_grad()
+                return None
+            weight = (part.count / count).float()
+            self.backward(part.to(device), weight, seen, last=part is parts[-1])
+        seen = {key: self.world.total(value) for key, value in seen.items()}
+        norm = self.world.clip(state.model.parameters(), self.optimizer.clip or float("inf"))
+        good = torch.isfinite(norm) & torch.isfinite(seen["loss"])
+        state.optimizer.step(good)
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            average(state.ema, state.model, self.optimizer.ema)
+        tokens = int(count) if device.type == "cpu" else sum(part.count for part in parts) * self.world.data_ranks
+        return Made(seen.pop("loss"), norm, good, tokens, numbers, seen)
 
-
-def has_bf16(device: str) -> bool:
-    """Whether bf16 products are fast: on CPUs with AVX512-BF16 or AMX, on GPUs since Ampere."""
-    if device == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    found = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-    return device == "cpu" and any(ask() for ask in found if ask is not None)
-
-
-def use_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise OneblockError(f"no device {name!r} on this machine: use --device cpu") from None
-    return device
-
-
-def with_dropout(loss: Callable[..., Tensor], dropout: object) -> Loss:
-    return partial(loss, dropout=dropout)
+    def backward(self, part: Batch, weight: Tensor, seen: dict[str, Tensor], last: bool) -> None:
+        """Add one batch's share to the gradients and to what is shown; `weight` is its share of the step's targets."""
+        with self.world.syncing(self.learner, last):
+            with precision(self.loop):
+                value, shown = self.learner(part)
+            (value * (weight * self.world.averaged)).backward()
+        for key, x in {"loss": value.detach(), **shown}.items():
+            seen[key] = seen.get(key, 0.0) + x.detach() * weight

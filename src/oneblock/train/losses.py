@@ -6,19 +6,37 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from oneblock.data.rows import IGNORE, Batch
+from oneblock.data.rows import Batch
 from oneblock.model import Decoder, Dropout
+from oneblock.train.cross_entropy import cross_entropy
+from oneblock.train.routing import Routing
 
-Loss = Callable[[Decoder, Batch], Tensor]  # the mean over the batch's `count` targets
+# What to minimise, the mean over the batch's `count` targets; or that and what to show beside it, by name
+Loss = Callable[[Decoder, Batch], Tensor | tuple[Tensor, dict[str, Tensor]]]
 
 
 def next_token(model: Decoder, batch: Batch, dropout: Dropout | None = None) -> Tensor:
     """Cross-entropy of the token after each, in nats."""
-    logits = model(batch.ids, dropout=dropout)  # (B, T, vocab), the largest tensor of a step
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE)
+    x = model.hidden(batch.ids, positions=batch.positions, documents=batch.documents, dropout=dropout)
+    return cross_entropy(model, x, batch.targets)[0]
+
+
+def pretraining(
+    model: Decoder,
+    batch: Batch,
+    dropout: Dropout | None = None,
+    z_loss: float = 0.0,
+    routing: Routing | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same with what keeps logits small and experts busy; "loss" shows the cross-entropy alone."""
+    x = model.hidden(batch.ids, positions=batch.positions, documents=batch.documents, dropout=dropout)
+    loss, entropy = cross_entropy(model, x, batch.targets, z_loss)
+    if routing is None:
+        return loss, {"loss": entropy}
+    extra, seen = routing.losses()
+    return loss + extra, {"loss": entropy, **seen}
 
 
 @torch.inference_mode()
@@ -30,6 +48,7 @@ def evaluate(
     device = model.embed.weight.device
     with precision:
         for batch in batches:
-            total += float(loss(model, batch.to(device))) * batch.count
+            found = loss(model, batch.to(device))
+            total += float(found if isinstance(found, Tensor) else found[0]) * batch.count
             count += batch.count
     return total / count

@@ -1,33 +1,111 @@
-"""The optimizer and its learning rate."""
+"""What moves the weights, and how fast: optimizers, the running average, the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from oneblock.errors import OneblockError
+from oneblock.model import Decoder
 from oneblock.train.options import Optimizer, Schedule
 
+Group = dict[str, Any]
 
-def adamw(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:
-    """AdamW with all of a step in one kernel; matrices decay, all else does not."""
+
+class Optimizers:
+    """Several optimizers of torch as one: Muon for the matrices of the blocks, AdamW for the rest."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[Group]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def state_of(self, p: nn.Parameter) -> dict[str, Any]:
+        """What is kept of one parameter: AdamW's two moments, Muon's momentum."""
+        return next((part.state[p] for part in self.parts if p in part.state), {})
+
+    def set_rate(self, share: float) -> None:
+        """Each group's learning rate as a share of its peak."""
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):  # torchao's are compiled: a new number would be a new program
+                group["lr"].fill_(group["peak"] * share)
+            else:
+                group["lr"] = group["peak"] * share
+
+    def step(self, good: Tensor) -> None:
+        """Move the weights unless `good` is False. On GPUs nobody waits for the answer if every part can skip alone."""
+        if good.device.type == "cuda" and all(group.get("fused") for group in self.param_groups):
+            for part in self.parts:
+                part.found_inf = (~good).float()  # type: ignore[attr-defined] # how torch.amp tells it
+                part.step()
+        elif bool(good):
+            for part in self.parts:
+                part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+
+def build(model: Decoder, options: Optimizer) -> Optimizers:
+    """The optimizers of a run; each group knows its peak rate."""
+    matrices = set(matrix_names(model)) if options.optimizer == "muon" else set()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        groups = decay_groups(model, ((name, p) for name, p in named if name in matrices), options)
+        parts.append(muon(groups, options))
+    if rest := [(name, p) for name, p in named if name not in matrices]:
+        make = adamw8bit if options.optimizer == "adamw8bit" else adamw
+        parts.append(make(decay_groups(model, rest, options), options))
+    for part in parts:
+        for group in part.param_groups:
+            group["peak"] = float(group["lr"])
+    return Optimizers(*parts)
+
+
+def adamw(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
+    """AdamW with all of a step in one kernel."""
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
+
+
+def adamw8bit(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
+    """AdamW whose moments take a byte each; torchao compiles its step at the first use."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise OneblockError("--optimizer adamw8bit needs torchao: pip install 'oneblock[lowbit]'") from None
+    betas = (options.beta1, options.beta2)
+    return AdamW8bit(groups, lr=options.lr, betas=betas, eps=options.eps)  # type: ignore[return-value]
+
+
+def muon(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
+    """Steps whose singular values are all about one, on AdamW's scale of rates (arXiv:2502.16982, section 2.2)."""
+    rate = options.lr if options.matrix_lr is None else options.matrix_lr
+    return torch.optim.Muon(groups, lr=rate, momentum=options.momentum, adjust_lr_fn="match_rms_adamw")
+
+
+# ------------------------------------------------------------------ which parameters
+
+
+def decay_groups(model: Decoder, named: Iterable[tuple[str, nn.Parameter]], options: Optimizer) -> list[Group]:
+    """Two groups, decayed and not; an empty one is left out."""
     decayed = set(decayed_names(model))
     groups: list[list[nn.Parameter]] = [[], []]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[name in decayed].append(p)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": options.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-        fused=True,
-    )
+    for name, p in named:
+        groups[options.decay_all or name in decayed].append(p)
+    return [
+        {"params": groups[decays], "weight_decay": options.weight_decay * decays}
+        for decays in (True, False)
+        if groups[decays]
+    ]
 
 
 def decayed_names(model: nn.Module) -> Iterator[str]:
@@ -38,6 +116,26 @@ def decayed_names(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+def matrix_names(model: Decoder) -> Iterator[str]:
+    """The blocks' matrices, which Muon is for. Stacked experts are left to AdamW: torch's Muon takes matrices alone."""
+    for name, p in model.named_parameters():
+        if name.startswith("blocks.") and p.dim() == 2 and name.endswith("weight"):
+            yield name
+
+
+# ------------------------------------------------------------------ the running average
+
+
+@torch.no_grad()
+def average(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move the average a little towards the weights."""
+    found = dict(model.named_parameters())
+    torch._foreach_lerp_(list(ema.values()), [found[name].detach() for name in ema], 1 - decay)
+
+
+# ------------------------------------------------------------------ the learning rate
+
+
 def share(progress: float, step: int, schedule: Schedule) -> float:
     """The learning rate as a share of its peak, `progress` (0 to 1) into the run."""
     warm = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
@@ -45,8 +143,21 @@ def share(progress: float, step: int, schedule: Schedule) -> float:
 
 
 def shape(progress: float, schedule: Schedule) -> float:
-    """From 1 at the start to 0 at the end: half a cosine wave, or flat with a straight line down at the end."""
+    """From 1 at the start to 0 at the end: half a cosine wave, a line, or flat with a line down at the end."""
     progress = min(progress, 1.0)
     if schedule.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule.schedule == "linear":
+        return 1 - progress
     return min(1.0, (1 - progress) / schedule.decay) if schedule.decay else 1.0
+
+
+def batches_in(step: int, accumulate: int, ramp: int) -> int:
+    """Batches of one step: on a ramp they grow from 1 to `accumulate` over the first steps."""
+    return accumulate if step >= ramp else max(1, round(accumulate * (step + 1) / (ramp + 1)))
+
+
+def batches_before(step: int, accumulate: int, ramp: int) -> int:
+    """Batches that came before a step: where its own begin."""
+    early = sum(batches_in(s, accumulate, ramp) for s in range(min(step, ramp)))
+    return early + max(0, step - ramp) * accumulate

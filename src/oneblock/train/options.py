@@ -32,36 +32,61 @@ class Dropouts:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (arXiv:1711.05101). Norms, biases and embeddings are not decayed."""
+    """What moves the weights. Norms, biases and embeddings are not decayed unless asked."""
 
+    # adamw (arXiv:1711.05101); muon (arXiv:2502.16982) for the blocks' matrices with AdamW for the rest;
+    # adamw8bit (arXiv:2110.02861): moments in 8 bits, by torchao
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
     lr: float = 1e-3
+    matrix_lr: float | None = None  # of Muon's matrices, on AdamW's scale; without it: lr
     beta1: float = 0.9
     beta2: float = 0.99
+    momentum: float = 0.95  # Muon's
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay_all: bool = False  # decay norms, biases and embeddings too
     clip: float = 1.0  # largest norm of the gradient; 0: any
+    ema: float = 0.0  # decay of a running average of the weights, 0.999 or so; 0: none is kept
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a run, as shares of `lr`."""
+    """The learning rate over a run, as shares of `lr`, and the size of a step."""
 
-    schedule: Literal["cosine", "flat"] = "cosine"  # flat: constant, then a straight line down
+    schedule: Literal["cosine", "linear", "flat"] = "cosine"  # flat: constant, then a straight line down
     warmup: int = 100  # steps
     decay: float = 0.3  # share of the run that the flat schedule goes down for
     final: float = 0.0  # share of lr at the end
+    ramp: int = 0  # steps over which a step grows from one batch to all of --accumulate
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is added to the cross-entropy; 0: nothing."""
+
+    z_loss: float = 0.0  # times the squared log of the softmax's sum: keeps logits near zero (arXiv:2204.02311)
+    # Experts get equal shares of the tokens by a loss (arXiv:2101.03961), or by steering the router's bias, where the
+    # model has one (arXiv:2408.15664)
+    balance: Literal["loss", "bias", "none"] = "loss"
+    balance_weight: float = 0.01  # of that loss; or the size of the bias's steps
+    router_z_loss: float = 0.0  # the same as z_loss for the router's logits (arXiv:2202.08906)
 
 
 @dataclass(frozen=True)
 class Loop:
     steps: int = 1000
     seconds: float | None = None  # train for this long instead of for a number of steps
-    batch: int = 16  # rows that go through the model at once
+    batch: int = 16  # rows that go through the model at once, on all ranks together
     accumulate: int = 1  # batches in one step of the optimizer
     seed: int = 0
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 where the machine has it
-    compile: bool = False  # torch.compile: half a minute first, then faster steps
+    fp8: bool = False  # products in 8-bit floats, by torchao: GPUs since Hopper
+    compile: bool | None = None  # torch.compile; without the flag: where it pays
+    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing: less memory, more time
+    nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is no number: weights stay as they are
+    workers: int = 0  # processes that prepare batches; 0: none, a batch is made when it is needed
+    mesh: str = ""  # how ranks share the work, such as "dp=8 tp=4" (docs/parallel.md); without it: dp
 
 
 @dataclass(frozen=True)
@@ -76,13 +101,18 @@ class Watch:
     prompt: str = "\n"
     save_every: int = 500
     keep: int = 2  # newest checkpoints that stay
+    async_save: bool | None = None  # write checkpoints while training goes on; without the flag: on GPUs
+    tensorboard: bool = True  # event files in the run's folder
+    track: tuple[Literal["trackio", "wandb"], ...] = ()  # also report to these
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a model on text files."""
 
-    data: tuple[Path, ...] = ()  # text files to learn from
+    data: tuple[Path, ...] = ()  # text files to learn from, or folders of `oneblock data prepare`
+    weights: tuple[float, ...] = ()  # shares of those folders in what is learned; without them: by their tokens
+    documents: bool = False  # attention and positions stay inside each document of a row
     val: tuple[Path, ...] = ()  # text files to validate on; without them: the end of the data
     val_share: float = 0.1  # of the data, kept for validation where --val is not given
     tokenizer: str = "chars"  # chars, bytes, bpe (with --vocab), or a folder with a tokenizer
@@ -94,8 +124,10 @@ class Train:
     loop: Loop = field(default_factory=Loop)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    objective: Objective = field(default_factory=Objective)
     watch: Watch = field(default_factory=Watch)
     out: Path | None = None  # the run's folder; without it: runs/ and the next number
     resume: Path | None = None  # a run's folder, to go on from its last checkpoint
+    allow_changes: bool = False  # resume although settings differ from those the run began with
     config: Path | None = None  # a TOML file with any of these settings
     dry_run: bool = False  # say what it would need, and stop

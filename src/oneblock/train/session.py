@@ -17,8 +17,9 @@ from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import params
 from oneblock.train import checkpoint
-from oneblock.train.loop import Metrics, Observe, State, done, precision, start, train, use_device
-from oneblock.train.losses import evaluate, next_token
+from oneblock.train.loop import Metrics, Observe, State, done, start, train
+from oneblock.train.losses import evaluate, pretraining
+from oneblock.train.machine import precision, use_device
 from oneblock.train.options import Train
 from oneblock.train.prepare import Job, dropout_of
 from oneblock.train.run import Log
@@ -73,7 +74,7 @@ class Session:
             self.options,
             Rows(self.job.train, self.job.context, self.options.loop.batch, self.options.loop.seed),
         )
-        loss = partial(next_token, dropout=dropout_of(options.dropouts))
+        loss = partial(pretraining, dropout=dropout_of(options.dropouts), z_loss=options.objective.z_loss)
         with self.show, stopping(self.state):
             train(self.state, rows.batch, loss, options.loop, options.optimizer, options.schedule, self.observe)
             finished = done(self.state, options.loop) >= 1
