@@ -17,6 +17,7 @@ from oneblock.model import Decoder
 
 PART = 256 << 20  # bytes of one part's logits with their gradient
 FAST = 4 << 20  # bytes of logits that are worked on at once on a CPU: they stay in its caches
+WORDS = 4096  # rows of the weight's gradient that are added to at once: what is added is never whole either
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def cross_entropy(model: Decoder, x: Tensor, targets: Tensor, z_loss: float = 0.
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
-        return Parts.apply(x.flatten(0, -2), model.head.weight, model.head.bias, targets.flatten(), head)  # type: ignore[return-value]
+        return Parts.apply(x.flatten(0, -2), model.head.weight, model.head.bias, targets.flatten(), head)
 
 
 class Parts(torch.autograd.Function):
@@ -60,14 +61,14 @@ class Parts(torch.autograd.Function):
             total += found
             entropy += wrong
             grads.add(part, logits, cast)
-        ctx.save_for_backward(*grads.divided(count))
+        ctx.grads = grads.divided(count)
         ctx.mark_non_differentiable(entropy)
         return total / count, entropy / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found = [None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors]
-        return (*found, None, None)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.grads = ctx.grads, None  # handed over: whoever gets the last reference need not copy
+        return (*(None if g is None else g.mul_(grads[0].to(g.dtype)) for g in found), None, None)
 
 
 class Gradients:
@@ -84,7 +85,9 @@ class Gradients:
         if self.x is not None:
             torch.mm(grad, weight, out=self.x[part])
         if self.weight is not None:
-            self.weight += torch.mm(grad.T, self.rows[part])
+            for start in range(0, len(weight), WORDS):
+                words = slice(start, start + WORDS)
+                self.weight[words] += torch.mm(grad[:, words].T, self.rows[part])
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
 

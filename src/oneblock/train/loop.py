@@ -55,9 +55,10 @@ Observe = Callable[[State, Metrics], None]
 class Learner(nn.Module):
     """A model and what it minimises, as one module that can be wrapped."""
 
-    def __init__(self, model: Decoder, loss: Loss):
+    def __init__(self, model: Decoder, loss: Loss, after: Callable[[], None] | None = None):
+        """`after` is called when a step has moved the weights."""
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.after = model, loss, after
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         found = self.loss(self.model, batch)
@@ -151,10 +152,16 @@ class Engine:
         good = torch.isfinite(norm) & torch.isfinite(seen["loss"])
         state.optimizer.step(good)
         state.optimizer.zero_grad()
+        if (after := self.after()) is not None:
+            after()
         if state.ema is not None:
             average(state.ema, state.model, self.optimizer.ema)
         tokens = int(count) if device.type == "cpu" else sum(part.count for part in parts) * self.world.data_ranks
         return Made(seen.pop("loss"), norm, good, tokens, numbers, seen)
+
+    def after(self) -> Callable[[], None] | None:
+        """The learner's own, whatever it is wrapped in."""
+        return getattr(getattr(self.learner, "module", self.learner), "after", None)
 
     def backward(self, part: Batch, weight: Tensor, seen: dict[str, Tensor], last: bool) -> None:
         """Add one batch's share to the gradients and to what is shown; `weight` is its share of the step's targets."""

@@ -14,7 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.train.options import Loop
 
 # glibc's mallopt (malloc.h)
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 
 def use_device(name: str) -> torch.device:
@@ -62,7 +62,7 @@ def reuse_memory() -> None:
         return
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for name, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 64 << 20)):
+        for name, value in ((MMAP_THRESHOLD, 32 << 20), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 64 << 20)):
             mallopt(name, value)
 
 

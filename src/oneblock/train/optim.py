@@ -83,7 +83,7 @@ def adamw8bit(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
     except ImportError:
         raise OneblockError("--optimizer adamw8bit needs torchao: pip install 'oneblock[lowbit]'") from None
     betas = (options.beta1, options.beta2)
-    return AdamW8bit(groups, lr=options.lr, betas=betas, eps=options.eps)  # type: ignore[return-value]
+    return AdamW8bit(groups, lr=options.lr, betas=betas, eps=options.eps)
 
 
 def muon(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
@@ -130,7 +130,8 @@ def matrix_names(model: Decoder) -> Iterator[str]:
 def average(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     """Move the average a little towards the weights."""
     found = dict(model.named_parameters())
-    torch._foreach_lerp_(list(ema.values()), [found[name].detach() for name in ema], 1 - decay)
+    for name, mean in ema.items():
+        mean.lerp_(found[name].detach(), 1 - decay)
 
 
 # ------------------------------------------------------------------ the learning rate

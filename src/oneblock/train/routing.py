@@ -74,5 +74,5 @@ class Routing:
         """After a step: a little more bias for experts with too few tokens, a little less for those with too many."""
         if self.objective.balance == "bias" and self.counts is not None:
             for layer, counts in zip(self.layers, self.counts, strict=True):
-                layer.router.bias += self.objective.balance_weight * (counts.mean() - counts).sign()
+                layer.router.bias.add_(self.objective.balance_weight * (counts.mean() - counts).sign())
         self.counts = None
