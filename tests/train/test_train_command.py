@@ -66,7 +66,8 @@ def test_a_run_leaves_a_folder_that_loads(text: Path, tmp_path: Path, capsys: py
     assert "validation loss" in out
     assert out.count("7 times") == 2
     assert {p.name for p in run.iterdir()} == {
-        *("config.toml", "metrics.jsonl", "loss.png", "latest", "step-000010", "step-000012"),
+        *("config.toml", "metrics.jsonl", "tensorboard", "loss.png", "curves.png", "report.md"),
+        *("latest", "step-000010", "step-000012"),
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in losses(run)][-1] == 12

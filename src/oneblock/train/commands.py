@@ -11,10 +11,11 @@ from oneblock.errors import OneblockError
 from oneblock.train.options import Train
 
 if TYPE_CHECKING:
+    from oneblock.train.gate import Estimate
     from oneblock.train.prepare import Job
 
 # What a resumed run may be told anew: how long to go on and what to look at, not what is learned from what.
-FREE = ("steps", "seconds", "device", *(f for f in Train().watch.__dataclass_fields__))
+FREE = ("steps", "seconds", "device", "nonfinite", "gate", *(f for f in Train().watch.__dataclass_fields__))
 
 
 def train(options: Train) -> None:
@@ -22,14 +23,18 @@ def train(options: Train) -> None:
     if options.resume is not None:
         resume(options)
         return
+    from oneblock.train.gate import check, estimate, verdict
     from oneblock.train.prepare import prepare
     from oneblock.train.run import new_folder, record
     from oneblock.train.session import fresh
 
     job = prepare(options)
-    print(summary(job, options))
+    found = estimate(job, options)
+    print(summary(job, options, found))
     if options.dry_run:
+        print(f"gate    {verdict(job, options, found) or 'it fits'}")
         return
+    check(job, options, found)
     state = fresh(job, options)
     run = new_folder(options.out)
     record(run, options)
@@ -40,6 +45,7 @@ def resume(options: Train) -> None:
     """Go on from the newest checkpoint as if nothing had happened."""
     from oneblock.text import Tokenizer
     from oneblock.train import checkpoint
+    from oneblock.train.gate import check, estimate
     from oneblock.train.prepare import prepare
     from oneblock.train.run import record, recorded
     from oneblock.train.session import fresh
@@ -49,6 +55,7 @@ def resume(options: Train) -> None:
     folder = checkpoint.latest(run)
     options = merged(recorded(run), options)
     job = prepare(options, Tokenizer.load(folder))
+    check(job, options, estimate(job, options))
     state = fresh(job, options)
     at = checkpoint.restore(folder, state)
     if at.data != job.fingerprint:
@@ -67,7 +74,7 @@ def follow(job: Job, options: Train, run: Path, state: Any) -> None:
     if not session.go():
         print(f"stopped at step {state.step:,} and saved; go on with: oneblock train --resume {run}", file=sys.stderr)
         raise SystemExit(130)
-    print(f"the loss curve: {run}/loss.png\nwrite with it:  oneblock generate {run}/latest --prompt '...'")
+    print(f"the report:    {run}/report.md\nwrite with it: oneblock generate {run}/latest --prompt '...'")
 
 
 # ------------------------------------------------------------------ options
@@ -106,28 +113,19 @@ def with_changes(options: Any, changes: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------ what it takes
 
 
-def summary(job: Job, options: Train) -> str:
-    """The model, the text, the run and its memory in a few lines."""
-    from oneblock.plan import memory, params
-    from oneblock.train.machine import has_bf16
+def summary(job: Job, options: Train, found: Estimate | None = None) -> str:
+    """The model, the text, the run and what it takes in a few lines."""
+    from oneblock.plan import params
+    from oneblock.train.gate import estimate
 
     loop, spec = options.loop, job.spec
-    dtype = (
-        loop.dtype if loop.dtype != "auto" else ("bfloat16" if has_bf16(loop.device.partition(":")[0]) else "float32")
-    )
-    need = memory.training(spec, job.context, loop.batch, dtype)
-    step = loop.batch * loop.accumulate * job.context
-    total = loop.steps * step
+    found = found or estimate(job, options)
+    total, rows = round(found.run.tokens), loop.batch * loop.accumulate
     length = f"{loop.steps:,} steps of" if loop.seconds is None else f"{loop.seconds:,.0f} seconds of steps of"
     of = f" = {total:,} tokens, {total / len(job.train):.1f} epochs" if loop.seconds is None else ""
     held = f"{len(job.val):,} to validate on" if job.val is not None else "none to validate on"
     return (
         f"model   {options.model}, {params.total(spec):,} parameters, {spec.n_layers} layers of {spec.dim}\n"
         f"text    {len(job.train):,} tokens to learn from, {held}, vocabulary {job.tokenizer.vocab_size:,}\n"
-        f"run     {length} {loop.batch * loop.accumulate} x {job.context} tokens{of}\n"
-        f"memory  about {size(need.total)}: {size(need.states)} for weights, gradients, optimizer; products in {dtype}"
+        f"run     {length} {rows} x {job.context} tokens{of}\n{found.lines(loop)}"
     )
-
-
-def size(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

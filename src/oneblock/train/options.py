@@ -130,4 +130,5 @@ class Train:
     resume: Path | None = None  # a run's folder, to go on from its last checkpoint
     allow_changes: bool = False  # resume although settings differ from those the run began with
     config: Path | None = None  # a TOML file with any of these settings
+    gate: bool = True  # refuse a run that the machine's memory or disk cannot hold
     dry_run: bool = False  # say what it would need, and stop

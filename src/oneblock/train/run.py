@@ -1,26 +1,33 @@
 """A run's folder: what was asked for, what was measured, a picture, and its checkpoints.
 
-config.toml     the settings, as `--config` takes them
-metrics.jsonl   a line for each look at the losses
-loss.png        the picture of it
-step-000500/    checkpoints: Hugging Face folders with the tokenizer and the optimizer's state
-latest          the newest of them
+config.toml      the settings, as `--config` takes them
+metrics.jsonl    a line for each look at the losses
+nonfinite.jsonl  a line for each step that was no number, where there was one
+tensorboard/     the same for TensorBoard
+report.md        what was trained, on what, and what came out
+loss.png         the loss over steps
+curves.png       over tokens and time; throughput, gradient, learning rate
+step-000500/     checkpoints: Hugging Face folders with the tokenizer and the optimizer's state
+latest           the newest of them
+ema/             the averaged weights at the end, where an average was kept
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from oneblock.config import load_toml, to_toml
 from oneblock.errors import OneblockError
 from oneblock.train.options import Train
-from oneblock.train.plot import draw
+from oneblock.train.plot import Row, draw, draw_all, smoothed
 
-CONFIG, METRICS, PICTURE = "config.toml", "metrics.jsonl", "loss.png"
+CONFIG, METRICS, PICTURE, CURVES = "config.toml", "metrics.jsonl", "loss.png", "curves.png"
 
 
 def new_folder(out: Path | None) -> Path:
@@ -63,18 +70,22 @@ class Log:
         new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(new, self.path)
 
-    def add(self, **row: float) -> None:
+    def add(self, row: Row) -> Row:
+        """Write a line, and what was written: what is no number is left out, since JSON has none."""
+        row = {key: value for key, value in row.items() if math.isfinite(value)}
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        return row
 
     def picture(self, title: str) -> Path:
         path = self.path.with_name(PICTURE)
         draw(self.rows, path, title)
+        draw_all(self.rows, path.with_name(CURVES), title)
         return path
 
 
-def read(path: Path) -> Iterator[dict[str, float]]:
+def read(path: Path) -> Iterator[Row]:
     """The whole lines of a log; one cut short by a kill is left out."""
     if not path.exists():
         return
@@ -83,3 +94,46 @@ def read(path: Path) -> Iterator[dict[str, float]]:
             yield json.loads(line)
         except ValueError:
             return
+
+
+@dataclass(frozen=True)
+class Results:
+    """What came of a run, read off its rows; None: not measured."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float | None  # of training: the end of the smoothed curve
+    val: float | None  # the last
+    best: float | None  # the lowest validation loss, and its step
+    best_step: int | None
+    val_ema: float | None
+    speed: float | None  # tokens per second: the median of all looks
+    mfu: float | None
+    memory: int | None  # bytes, the most
+
+
+def results(rows: Sequence[Row]) -> Results:
+    def column(key: str) -> list[float]:
+        return [row[key] for row in rows if key in row]
+
+    def middle(key: str) -> float | None:
+        return median(column(key)) if column(key) else None
+
+    def last(key: str) -> float | None:
+        return column(key)[-1] if column(key) else None
+
+    best = min(((row["val"], int(row["step"])) for row in rows if "val" in row), default=(None, None))
+    return Results(
+        steps=int(max(column("step"), default=0)),
+        tokens=int(max(column("tokens"), default=0)),
+        seconds=max(column("seconds"), default=0.0),
+        loss=smoothed(column("loss"))[-1] if column("loss") else None,
+        val=last("val"),
+        best=best[0],
+        best_step=best[1],
+        val_ema=last("val_ema"),
+        speed=middle("speed"),
+        mfu=middle("mfu"),
+        memory=int(max(column("memory"))) if column("memory") else None,
+    )

@@ -7,23 +7,32 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from oneblock.data.rows import Batch, Rows, in_order
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
-from oneblock.plan import params
-from oneblock.train import checkpoint
+from oneblock.plan import flops, params
+from oneblock.store import replacing
+from oneblock.store.save import write_model
+from oneblock.train import checkpoint, report
+from oneblock.train.assemble import learner_for
+from oneblock.train.gate import peak_of
 from oneblock.train.loop import Metrics, Observe, State, done, start, train
-from oneblock.train.losses import evaluate, pretraining
-from oneblock.train.machine import precision, use_device
+from oneblock.train.losses import evaluate
+from oneblock.train.machine import peak_memory, precision, use_device
+from oneblock.train.nonfinite import MOST, Guard, told
 from oneblock.train.options import Train
-from oneblock.train.prepare import Job, dropout_of
+from oneblock.train.prepare import Ids, Job, dropout_of
 from oneblock.train.run import Log
 from oneblock.train.show import Reading, Show
+from oneblock.train.sinks import sinks
+from oneblock.train.world import World
 
 
 def fresh(job: Job, options: Train) -> State:
@@ -53,12 +62,33 @@ def stopping(state: State) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def averaged(state: State) -> Iterator[None]:
+    """Inside, the model has the averaged weights; one tensor at a time changes places, so none is held twice."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        found = dict(state.model.named_parameters())
+        for name, mean in (state.ema or {}).items():
+            held = found[name].clone()
+            found[name].copy_(mean)
+            mean.copy_(held)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 class Session:
     """Looks at a run while it goes: logs, validates, samples, saves."""
 
     def __init__(self, job: Job, options: Train, run: Path, state: State, show: Show):
         self.job, self.options, self.run, self.state, self.show = job, options, run, state, show
-        self.log = Log(run, state.step)
+        self.log, self.sinks, self.guard = Log(run, state.step), sinks(run, options, state.step), Guard(run)
+        self.device = torch.device(options.loop.device)
+        self.peak = peak_of(options.loop) / flops.train(job.spec, job.context)  # tokens per second at the peak
         self.saved = state.step if state.step else None  # the step of the newest checkpoint
         self.also: Observe | None = None
         self.val: float | None = None
@@ -74,14 +104,25 @@ class Session:
             self.options,
             Rows(self.job.train, self.job.context, self.options.loop.batch, self.options.loop.seed),
         )
-        loss = partial(pretraining, dropout=dropout_of(options.dropouts), z_loss=options.objective.z_loss)
-        with self.show, stopping(self.state):
-            train(self.state, rows.batch, loss, options.loop, options.optimizer, options.schedule, self.observe)
+        world, dropout = World(), dropout_of(options.dropouts)
+        learner = learner_for(self.state.model, options.loop, options.objective, dropout, world)
+        with self.show, self.closing(), stopping(self.state):
+            train(self.state, rows.batch, learner, options.loop, options.optimizer, options.schedule, self.observe)
+            self.inspect()
             finished = done(self.state, options.loop) >= 1
             if self.saved != self.state.step:
                 self.save()
-            self.picture()
+            self.finish(finished)
         return finished
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """However the run ends, what was measured is on the disk."""
+        try:
+            yield
+        finally:
+            for sink in self.sinks:
+                sink.close()
 
     def observe(self, state: State, metrics: Metrics) -> None:
         watch, last = self.options.watch, done(state, self.options.loop) >= 1
@@ -89,6 +130,9 @@ class Session:
         def due(every: int) -> bool:
             return bool(every) and (last or state.step % every == 0)
 
+        self.guard.add(metrics)
+        if self.device.type == "cpu" or due(watch.log_every) or due(watch.save_every):
+            self.inspect()
         if due(watch.log_every):
             self.read(metrics)
         began = time.perf_counter()
@@ -97,7 +141,10 @@ class Session:
         if due(watch.eval_every) and self.job.val is not None:
             self.validate()
         if due(watch.sample_every):
-            self.show.note(self.sample(watch.prompt, watch.sample_tokens) + "\n", "dim")
+            text = self.sample(watch.prompt, watch.sample_tokens)
+            self.show.note(text + "\n", "dim")
+            for sink in self.sinks:
+                sink.text(state.step, text)
         if due(watch.save_every) and not last:
             self.save()
         tokens, at = self.window  # what was done aside does not count as training time
@@ -106,38 +153,79 @@ class Session:
     # ------------------------------------------------------------------ looking
 
     def read(self, metrics: Metrics) -> None:
-        loss, norm = float(metrics.loss), float(metrics.norm)
-        if not loss < float("inf"):
-            raise OneblockError(
-                f"the loss is {loss} at step {metrics.step}: lower --lr or raise --warmup; "
-                f"{self.run} has the last checkpoint, if one was saved"
-            )
-        tokens, at = self.window
+        loss, norm, tokens, at = float(metrics.loss), float(metrics.norm), *self.window
         now = time.perf_counter()
         self.window = (self.state.tokens, now)
         speed = (self.state.tokens - tokens) / max(now - at, 1e-9)
-        self.log.add(
-            step=metrics.step,
-            loss=loss,
-            lr=metrics.lr,
-            norm=norm,
-            tokens=self.state.tokens,
-            seconds=metrics.seconds,
-            speed=speed,
+        machine = {"speed": speed, "mfu": speed / self.peak, "memory": peak_memory(self.device)}
+        self.add(
+            {"step": metrics.step, "loss": loss, "lr": metrics.lr, "norm": norm, "tokens": self.state.tokens}
+            | {"seconds": metrics.seconds, **machine, **self.experts(metrics.step, metrics.seen)}
         )
         progress = done(self.state, self.options.loop)
         left = metrics.seconds / progress * (1 - progress)
-        self.show.reading(Reading(metrics.step, min(progress, 1.0), loss, speed, left), metrics.seconds)
+        reading = Reading(metrics.step, min(progress, 1.0), loss, left=left, **machine)
+        self.show.reading(reading, metrics.seconds)
+
+    def experts(self, step: int, seen: dict[str, Tensor]) -> dict[str, float]:
+        """How evenly experts are used; nothing where there are none."""
+        found = {"balance": float(seen["balance"])} if "balance" in seen else {}
+        if (load := seen.get("load")) is None:
+            return found
+        for sink in self.sinks:
+            sink.load(step, load)
+        return {**found, "max_load": float(load.max()), "min_load": float(load.min())}
+
+    def add(self, row: dict[str, float]) -> None:
+        """A line of the log, here and wherever else it goes."""
+        row = self.log.add(row)
+        for sink in self.sinks:
+            sink.add(row)
+
+    def inspect(self) -> None:
+        """Write down the steps since the last look that were no number, and stop the run where that was asked for."""
+        bad = self.guard.look()
+        if not bad:
+            return
+        self.guard.write(bad)
+        lost = len(self.guard.streak) >= MOST
+        if self.options.loop.nonfinite == "stop" or lost:
+            self.halt(bad[0], lost)
+        for metrics in bad:
+            self.show.note(f"{told(metrics)}; skipped, see {self.guard.path}", "yellow")
+
+    def halt(self, first: Metrics, lost: bool) -> None:
+        """Save the weights as they were before the bad steps, so that a resumed run meets these again; and end."""
+        for metrics in self.guard.streak:
+            self.state.step -= 1
+            self.state.tokens -= metrics.tokens
+        self.save()
+        self.picture()
+        tried = f", as in all of the last {MOST} steps" if lost else ""
+        skip = "" if lost else f", or pass it: oneblock train --resume {self.run} --nonfinite skip"
+        raise OneblockError(
+            f"{told(first)}{tried} ({self.guard.path}). The weights of step {self.state.step:,} are saved: "
+            f"begin anew with a lower --lr or a longer --warmup{skip}"
+        )
 
     def validate(self) -> None:
         assert self.job.val is not None
+        state, self.val = self.state, self.held_out(self.job.val)
+        row, more = {"step": state.step, "val": self.val}, ""
+        if state.ema is not None:
+            with averaged(state):
+                row["val_ema"] = self.held_out(self.job.val)
+            more = f", of the averaged weights {row['val_ema']:.4f}"
+        self.add({**row, "tokens": state.tokens, "seconds": state.seconds})
+        self.show.note(f"step {state.step:>6,}  validation loss {self.val:.4f}{more}", "bold")
+
+    def held_out(self, ids: Ids) -> float:
+        """The loss on the validation text, or on its first batches."""
         options = self.options
-        batches: Iterator[Batch] = in_order(self.job.val, self.job.context, options.loop.batch)
+        batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch)
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
-        self.val = evaluate(self.state.model, batches, precision(options.loop))
-        self.log.add(step=self.state.step, val=self.val)
-        self.show.note(f"step {self.state.step:>6,}  validation loss {self.val:.4f}", "bold")
+        return evaluate(self.state.model, batches, precision(options.loop))
 
     def sample(self, prompt: str, tokens: int) -> str:
         """What the model writes now, the prompt included."""
@@ -153,6 +241,17 @@ class Session:
         watch = self.options.watch
         checkpoint.save(self.run, self.state, self.job.tokenizer, self.job.fingerprint, watch.keep)
         self.saved = self.state.step
+
+    def finish(self, finished: bool) -> None:
+        """What a run leaves beside its checkpoints: pictures, a report, and the averaged model where there is one."""
+        state, watch = self.state, self.options.watch
+        if finished and state.ema is not None:
+            with averaged(state), replacing(self.run / "ema") as new:
+                write_model(new, state.model)
+                self.job.tokenizer.save(new)
+        self.picture()
+        sample = self.sample(watch.prompt, watch.sample_tokens) if finished else None
+        report.write(self, sample)
 
     def picture(self) -> Path:
         return self.log.picture(f"{self.options.model}, {params.total(self.job.spec):,} parameters")

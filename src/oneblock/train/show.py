@@ -15,12 +15,18 @@ from rich.text import Text
 
 from oneblock.train.options import Loop
 
+WIDTH, BAR = 119, 24  # characters of a line, and of the bar before it in a terminal
+
 
 def clock(seconds: float) -> str:
     """`0:07`, `12:30`, `3:01:00`."""
     minutes, s = divmod(max(0, round(seconds)), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def size(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,18 @@ class Reading:
     loss: float
     speed: float  # tokens per second
     left: float  # seconds
+    mfu: float  # share of the machine's measured peak
+    memory: float  # bytes, the most so far
 
-    def line(self, loop: Loop) -> str:
+    def line(self, loop: Loop, room: int = WIDTH) -> str:
+        """In at most `room` characters, as far as that goes: share of the peak and memory are left out first."""
         of = f"/{loop.steps:,}" if loop.seconds is None else ""
-        where = f"step {self.step:>6,}{of}  {self.done:4.0%}"
-        return f"{where}  loss {self.loss:.3f}  {self.speed:>7,.0f} tok/s  {clock(self.left)} left"
+        where = f"step {self.step:>{len(of) - 1 if of else 6},}{of}  {self.done:4.0%}"
+        begin = f"{where}  loss {self.loss:.3f}  {self.speed:>7,.0f} tok/s"
+        more, end = [f"  {self.mfu:3.0%} MFU", f"  {self.memory / 1e9:.1f} GB"], f"  {clock(self.left)} left"
+        while more and len(begin + "".join(more) + end) > room:
+            more.pop()
+        return begin + "".join(more) + end
 
 
 class Show:
@@ -44,7 +57,7 @@ class Show:
 
     def __init__(self, loop: Loop, console: Console | None = None, every: float = 5.0):
         self.loop, self.console, self.every = loop, console or Console(highlight=False, soft_wrap=True), every
-        self.bar = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=self.console)
+        self.bar = Progress(BarColumn(bar_width=BAR), TextColumn("{task.description}"), console=self.console)
         self.task = self.bar.add_task("", total=1.0)
         self.live = Live(self.bar, console=self.console, transient=True) if self.console.is_terminal else None
         self.shown = float("-inf")
@@ -61,7 +74,8 @@ class Show:
     def reading(self, reading: Reading, seconds: float) -> None:
         """Show it: at once in a terminal, else at most every few seconds and at the end."""
         if self.live:
-            self.bar.update(self.task, completed=reading.done, description=reading.line(self.loop))
+            line = reading.line(self.loop, min(WIDTH, self.console.width - 1) - BAR - 1)
+            self.bar.update(self.task, completed=reading.done, description=line)
         elif seconds - self.shown >= self.every or reading.done >= 1:
             self.shown = seconds
             self.note(reading.line(self.loop))

@@ -1,0 +1,150 @@
+"""`report.md`: what was trained, on what, and what came out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oneblock.errors import OneblockError
+from oneblock.plan import params
+from oneblock.train.gate import Estimate, estimate, gpu_of, rate
+from oneblock.train.options import Train
+from oneblock.train.run import CONFIG, CURVES, METRICS, PICTURE, Results, results
+from oneblock.train.show import clock, size
+
+if TYPE_CHECKING:
+    from oneblock.train.session import Session
+
+REPORT = "report.md"
+PATHS = ("data", "val", "out", "resume", "config", "dry_run")  # not settings of what is learned
+
+
+def write(session: Session, sample: str | None) -> None:
+    """`sample`: what the model writes at the end; None where the run was stopped before."""
+    text = "\n".join(page(session, sample)) + "\n"
+    new = session.run / f".{REPORT}.new"
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(session.run / REPORT)
+    except OSError as e:
+        raise OneblockError(f"cannot write {session.run / REPORT}: {e.strerror}") from None
+
+
+def page(session: Session, sample: str | None) -> Iterator[str]:
+    options, found = session.options, results(session.log.rows)
+    yield f"# {session.run.resolve().name}: {options.model}, {params.total(session.job.spec):,} parameters"
+    yield ""
+    if sample is None:
+        yield f"Stopped at step {session.state.step:,}; go on with `oneblock train --resume {session.run}`."
+        yield ""
+    yield from table("What came out", outcome(found, session.state.step))
+    yield f"![loss]({PICTURE})"
+    yield ""
+    yield f"![loss over tokens and time, throughput, gradient, learning rate]({CURVES})"
+    yield ""
+    yield from table("What was trained", trained(session))
+    yield from table("Settings that are not the defaults", ((f"`{k}`", f"`{v}`") for k, v in changed(options).items()))
+    yield from table("What it took, and what was expected", took(session, found))
+    if sample is not None:
+        yield from ("## A sample", "", f"At temperature 0.8, after {options.watch.prompt!r}:", "", fenced(sample), "")
+    yield from table("Files", files(session))
+
+
+def table(title: str, rows: Iterator[tuple[str, str]]) -> Iterator[str]:
+    """A table without a head, or nothing where it would be empty."""
+    lines = [f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows]
+    if lines:
+        yield from (f"## {title}", "", "| | |", "|---|---|", *lines, "")
+
+
+# ------------------------------------------------------------------ what it says
+
+
+def outcome(found: Results, step: int) -> Iterator[tuple[str, str]]:
+    if found.val is not None:
+        yield "Validation loss, at the end", f"**{found.val:.4f}** nats per token"
+        yield "Validation loss, the best", f"{found.best:.4f} at step {found.best_step:,}"
+    if found.val_ema is not None:
+        yield "Validation loss of the averaged weights", f"{found.val_ema:.4f}"
+    if found.loss is not None:
+        yield "Training loss, at the end (smoothed)", f"{found.loss:.4f}"
+    yield "Steps", f"{step:,}"
+
+
+def trained(session: Session) -> Iterator[tuple[str, str]]:
+    job, options = session.job, session.options
+    spec = job.spec
+    yield "Model", f"{options.model}: {spec.n_layers} layers of {spec.dim}, {params.total(spec):,} parameters"
+    yield "Rows", f"{options.loop.batch * options.loop.accumulate} of {job.context:,} tokens in a step"
+    yield "Data", ", ".join(f"`{path}`" for path in options.data) or "none"
+    yield "To learn from", f"{len(job.train):,} tokens, vocabulary {job.tokenizer.vocab_size:,}"
+    if job.val is not None:
+        yield "To validate on", f"{len(job.val):,} tokens"
+    yield "Machine", machine(options)
+    yield "torch", f"{torch.__version__}, Python {platform.python_version()}"
+
+
+def took(session: Session, found: Results) -> Iterator[tuple[str, str]]:
+    plan = estimate(session.job, session.options)
+    yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / len(session.job.train):.2f} epochs)"
+    yield "Time", f"{clock(found.seconds)}; expected {expected(plan)}"
+    if found.speed is not None:
+        yield "Throughput", f"{found.speed:,.0f} tokens per second (median)"
+    if found.mfu is not None:
+        yield "MFU", f"{found.mfu:.1%} of the {rate(plan.peak)} measured for {plan.dtype} products here"
+    if found.memory is not None:
+        yield "Memory, the most", f"{size(found.memory)}; expected {size(plan.memory.total)}"
+    if plan.gpu is not None:
+        price = f"{plan.devices} x {plan.gpu.name.upper()} at ${plan.gpu.price:.2f} an hour"
+        yield "Cost", f"${found.seconds / 3600 * plan.devices * plan.gpu.price:.2f}: {price}"
+
+
+def expected(plan: Estimate) -> str:
+    return f"{clock(plan.run.seconds)} for all of it"
+
+
+def machine(options: Train) -> str:
+    device = torch.device(options.loop.device)
+    if device.type == "cuda":
+        known = gpu_of(device)
+        return torch.cuda.get_device_name(device) + (f" ({known.name})" if known else "")
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
+
+
+def files(session: Session) -> Iterator[tuple[str, str]]:
+    run = session.run
+    for name, words in (
+        ("latest", "the newest checkpoint: a Hugging Face folder, to chat with or go on from"),
+        ("ema", "the averaged model"),
+        (METRICS, "every measurement"),
+        ("tensorboard", f"the same: `tensorboard --logdir {run}`"),
+        ("nonfinite.jsonl", "steps that were no number"),
+        (CONFIG, "every setting"),
+    ):
+        if (run / name).exists():
+            yield f"[{name}]({name})", words
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """The settings that are not their class's defaults, paths left out."""
+    found: dict[str, Any] = {}
+    default = type(options)()
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if is_dataclass(value):
+            found |= changed(value)
+        elif value != getattr(default, f.name) and f.name not in PATHS:
+            found[f.name] = value
+    return found
+
+
+def fenced(text: str) -> str:
+    """In a block that the text itself cannot end."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}\n{fence}"
