@@ -38,7 +38,7 @@ def train(options: Train) -> None:
     state = fresh(job, options)
     run = new_folder(options.out)
     record(run, options)
-    follow(job, options, run, state)
+    follow(job, options, run, state, found)
 
 
 def resume(options: Train) -> None:
@@ -55,22 +55,23 @@ def resume(options: Train) -> None:
     folder = checkpoint.latest(run)
     options = merged(recorded(run), options)
     job = prepare(options, Tokenizer.load(folder))
-    check(job, options, estimate(job, options))
+    found = estimate(job, options)
+    check(job, options, found)
     state = fresh(job, options)
     at = checkpoint.restore(folder, state)
     if at.data != job.fingerprint:
         raise OneblockError(f"the text has changed since {run} began: put it back, or start a new run from {folder}")
     print(f"resuming {run} at step {at.step:,}")
     record(run, options)
-    follow(job, options, run, state)
+    follow(job, options, run, state, found)
 
 
-def follow(job: Job, options: Train, run: Path, state: Any) -> None:
+def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate) -> None:
     """Run the session and say how it ended."""
     from oneblock.train.session import Session
     from oneblock.train.show import Show
 
-    session = Session(job, options, run, state, Show(options.loop))
+    session = Session(job, options, run, state, Show(options.loop), found)
     if not session.go():
         print(f"stopped at step {state.step:,} and saved; go on with: oneblock train --resume {run}", file=sys.stderr)
         raise SystemExit(130)

@@ -12,8 +12,9 @@ import torch
 
 from oneblock.errors import OneblockError
 from oneblock.plan import flops, memory, params
+from oneblock.plan.activations import Recompute
 from oneblock.plan.training import GPUS, Gpu, Run, run
-from oneblock.train.machine import peak_flops, product_dtype, total_memory, use_device
+from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total_memory, use_device
 from oneblock.train.optim import batches_before
 from oneblock.train.options import Loop, Train
 from oneblock.train.prepare import Job
@@ -28,7 +29,8 @@ class Estimate:
     """Of a whole run; memory and peak are one device's."""
 
     memory: memory.Training
-    have: int  # bytes of memory
+    have: int  # bytes of memory that are free
+    base: int  # bytes that the process takes without the run
     steps: int | None  # None: as many as fit into the time
     run: Run  # tokens, FLOPs, seconds, dollars
     gpu: Gpu | None  # as the table of prices has it
@@ -75,6 +77,7 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
     return Estimate(
         memory=need(job, options, loop.batch, loop.recompute, world),
         have=total_memory(device),
+        base=peak_memory(device),
         steps=steps,
         run=took,
         gpu=known,
@@ -87,19 +90,24 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
     )
 
 
-def need(job: Job, options: Train, batch: int, recompute: str, world: World) -> memory.Training:
+def need(job: Job, options: Train, batch: int, recompute: Recompute, world: World) -> memory.Training:
     """Memory of one device for micro-batches of `batch` rows on all ranks together."""
-    dtype = str(product_dtype(options.loop)).removeprefix("torch.")
-    rows = -(-batch // world.data_ranks)
-    return memory.training(job.spec, job.context, rows, dtype, checkpointing=recompute == "full")
+    loop, optimizer = options.loop, options.optimizer
+    setup = memory.Setup(
+        dtype=str(product_dtype(loop)).removeprefix("torch."),
+        recompute=recompute,
+        optimizer=optimizer.optimizer,
+        accumulate=loop.accumulate > 1,
+        ema=bool(optimizer.ema),
+        cpu=torch.device(loop.device).type == "cpu",
+    )
+    return memory.training(job.spec, job.context, -(-batch // world.data_ranks), setup)
 
 
 def checkpoint_bytes(job: Job, options: Train) -> int:
     """Weights in fp32, and what the optimizer and the average keep of them."""
-    parts, total = params.by_part(job.spec), params.total(job.spec)
-    matrices = parts["attention"] + parts["mlp"]
-    kept = {"adamw": 8 * total, "muon": 4 * matrices + 8 * (total - matrices), "adamw8bit": 2 * total}
-    return 4 * total + kept[options.optimizer.optimizer] + 4 * total * bool(options.optimizer.ema)
+    kept = memory.optimizer_bytes(job.spec, options.optimizer.optimizer)
+    return 4 * params.total(job.spec) * (1 + bool(options.optimizer.ema)) + kept
 
 
 # ------------------------------------------------------------------ the machine
@@ -186,7 +194,8 @@ def remedies(job: Job, options: Train, have: int, world: World) -> str:
     """The largest batches that fit, as they are and with everything computed again."""
     found: list[str] = []
     loop, best = options.loop, 0
-    for mode in dict.fromkeys((loop.recompute, "full")):
+    modes: tuple[Recompute, ...] = (loop.recompute, "full")
+    for mode in dict.fromkeys(modes):
         rows = largest(job, options, have, mode, world)
         again = "--recompute full" if mode != loop.recompute else ""
         if rows > best:
@@ -201,7 +210,7 @@ def remedies(job: Job, options: Train, have: int, world: World) -> str:
     return f"even one row with --recompute full takes {size(least)}; make the model or --context smaller"
 
 
-def largest(job: Job, options: Train, have: int, mode: str, world: World) -> int:
+def largest(job: Job, options: Train, have: int, mode: Recompute, world: World) -> int:
     """The largest batch that fits and divides the rows of a step; 0: none."""
     rows = options.loop.batch * options.loop.accumulate
     for batch in range(options.loop.batch, 0, -1):

@@ -21,21 +21,24 @@ Points = list[tuple[float, float]]
 NEIGHBOURS = 25  # the curve over the raw losses is fitted to two 25ths of the run at a time
 FEW = 2  # to each side, at least
 TRAIN, VAL, EMA, THIRD, FAINT, INK = "#2563eb", "#ea580c", "#16a34a", "#7c3aed", "#94a3b8", "#334155"
+NOTE: dict[str, Any] = {"textcoords": "offset points", "color": VAL, "ha": "right"}
+NOTE["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.7}
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#475569")
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Each value on a line through its neighbours: unlike a trailing mean it does not lag.
 
-    As many neighbours before as after, fewer at the start, where losses fall fast; at the end the window stays wide.
+    As many neighbours before as after, fewer at the start, where losses fall fast. At the end, where there are none
+    after, three more before for each that is missing: a line's end is as sure as its middle with twice as many points.
     """
     n = len(values)
     if n <= 2 * FEW:
         return [float(y) for y in values]
     at, reach = np.arange(n), max(n // NEIGHBOURS, FEW)
     near = np.minimum(reach, np.maximum(at, FEW))
-    low, high = at - np.minimum(near, at), np.minimum(at + near, n - 1)
-    low = np.maximum(0, np.minimum(low, high - near - np.minimum(near, at)))
+    high = np.minimum(at + near, n - 1)
+    low = np.maximum(at - np.minimum(near, at) - 3 * (at + near - high), 0)
     y = np.asarray(values, dtype=np.float64)
     sums, moments = (np.concatenate([[0.0], np.cumsum(x)]) for x in (y, at * y))
     count, middle = high - low + 1, (high + low) / 2
@@ -80,7 +83,7 @@ def losses(axes: Axes, rows: Sequence[Row], x: str, scale: float = 1.0) -> None:
         if seen := points(rows, x, key, scale):
             axes.plot(*zip(*seen, strict=True), color=colour, linewidth=2, marker="o", markersize=4, label=label)
     if seen := points(rows, x, "val", scale):
-        axes.annotate(f"{seen[-1][1]:.3f}", seen[-1], (-4, 8), textcoords="offset points", color=VAL, ha="right")
+        axes.annotate(f"{seen[-1][1]:.3f}", seen[-1], (-4, 8), **NOTE)
     plain(axes)
     if axes.lines:
         axes.legend(frameon=False)
@@ -108,6 +111,7 @@ def throughput(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot(at, smoothed(speed), color=TRAIN, linewidth=2)
     plain(axes)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel=f"time ({unit})", ylabel="tokens per second")
     ratios = [row["mfu"] / row["speed"] for row in rows if row.get("mfu") and row.get("speed")]
     if ratios:  # the same curve on another scale

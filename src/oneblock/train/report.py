@@ -11,7 +11,7 @@ import torch
 
 from oneblock.errors import OneblockError
 from oneblock.plan import params
-from oneblock.train.gate import Estimate, estimate, gpu_of, rate
+from oneblock.train.gate import gpu_of, rate
 from oneblock.train.options import Train
 from oneblock.train.run import CONFIG, CURVES, METRICS, PICTURE, Results, results
 from oneblock.train.show import clock, size
@@ -89,22 +89,20 @@ def trained(session: Session) -> Iterator[tuple[str, str]]:
 
 
 def took(session: Session, found: Results) -> Iterator[tuple[str, str]]:
-    plan = estimate(session.job, session.options)
+    plan = session.plan
     yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / len(session.job.train):.2f} epochs)"
-    yield "Time", f"{clock(found.seconds)}; expected {expected(plan)}"
+    yield "Time", f"{clock(found.seconds)}; expected {clock(plan.run.seconds)} for the whole run"
     if found.speed is not None:
         yield "Throughput", f"{found.speed:,.0f} tokens per second (median)"
     if found.mfu is not None:
-        yield "MFU", f"{found.mfu:.1%} of the {rate(plan.peak)} measured for {plan.dtype} products here"
+        kind = str(plan.dtype).removeprefix("torch.")
+        yield "MFU", f"{found.mfu:.1%} of the {rate(plan.peak)} measured here for {kind} products"
     if found.memory is not None:
-        yield "Memory, the most", f"{size(found.memory)}; expected {size(plan.memory.total)}"
+        before = f" and {size(plan.base)} before it began" if plan.base else ""
+        yield "Memory, the most", f"{size(found.memory)}; expected {size(plan.memory.total)} for training{before}"
     if plan.gpu is not None:
         price = f"{plan.devices} x {plan.gpu.name.upper()} at ${plan.gpu.price:.2f} an hour"
         yield "Cost", f"${found.seconds / 3600 * plan.devices * plan.gpu.price:.2f}: {price}"
-
-
-def expected(plan: Estimate) -> str:
-    return f"{clock(plan.run.seconds)} for all of it"
 
 
 def machine(options: Train) -> str:

@@ -22,7 +22,7 @@ from oneblock.store import replacing
 from oneblock.store.save import write_model
 from oneblock.train import checkpoint, report
 from oneblock.train.assemble import learner_for
-from oneblock.train.gate import peak_of
+from oneblock.train.gate import Estimate, estimate
 from oneblock.train.loop import Metrics, Observe, State, done, start, train
 from oneblock.train.losses import evaluate
 from oneblock.train.machine import peak_memory, precision, use_device
@@ -84,11 +84,12 @@ def averaged(state: State) -> Iterator[None]:
 class Session:
     """Looks at a run while it goes: logs, validates, samples, saves."""
 
-    def __init__(self, job: Job, options: Train, run: Path, state: State, show: Show):
+    def __init__(self, job: Job, options: Train, run: Path, state: State, show: Show, plan: Estimate | None = None):
         self.job, self.options, self.run, self.state, self.show = job, options, run, state, show
         self.log, self.sinks, self.guard = Log(run, state.step), sinks(run, options, state.step), Guard(run)
         self.device = torch.device(options.loop.device)
-        self.peak = peak_of(options.loop) / flops.train(job.spec, job.context)  # tokens per second at the peak
+        self.plan = plan or estimate(job, options)
+        self.peak = self.plan.peak / flops.train(job.spec, job.context)  # tokens per second, at the machine's peak
         self.saved = state.step if state.step else None  # the step of the newest checkpoint
         self.also: Observe | None = None
         self.val: float | None = None
