@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": Command("parameters, KV cache, FLOPs and memory, side by side", "oneblock.lineage.commands:compare"),
     "diff": Command("what changed from one architecture to another, in words", "oneblock.lineage.commands:diff"),
     "train": Command("train a model on your own text", "oneblock.train.commands:train"),
+    "runs": Command("list training runs, or plot several together", "oneblock.train.compare:runs"),
     "generate": Command("complete a prompt", "oneblock.infer.commands:generate"),
     "chat": Command("talk with a model in the terminal", "oneblock.infer.commands:chat"),
     "tokenizer": Command("train a tokenizer, or see how one cuts a text", "oneblock.text.commands:tokenizer"),

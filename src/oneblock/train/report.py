@@ -13,14 +13,13 @@ from oneblock.errors import OneblockError
 from oneblock.plan import params
 from oneblock.train.gate import gpu_of, rate
 from oneblock.train.options import Train
-from oneblock.train.run import CONFIG, CURVES, METRICS, PICTURE, Results, results
+from oneblock.train.run import CONFIG, CURVES, METRICS, PATHS, PICTURE, Results, results
 from oneblock.train.show import clock, size
 
 if TYPE_CHECKING:
     from oneblock.train.session import Session
 
 REPORT = "report.md"
-PATHS = ("data", "val", "out", "resume", "config", "dry_run")  # not settings of what is learned
 
 
 def write(session: Session, sample: str | None) -> None:

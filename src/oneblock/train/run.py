@@ -18,9 +18,10 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from oneblock.config import load_toml, to_toml
 from oneblock.errors import OneblockError
@@ -28,6 +29,7 @@ from oneblock.train.options import Train
 from oneblock.train.plot import Row, draw, draw_all, smoothed
 
 CONFIG, METRICS, PICTURE, CURVES = "config.toml", "metrics.jsonl", "loss.png", "curves.png"
+PATHS = ("data", "val", "out", "resume", "config", "dry_run")  # not settings of how something is learned
 
 
 def new_folder(out: Path | None) -> Path:
@@ -57,6 +59,18 @@ def record(run: Path, options: Train) -> None:
 
 def recorded(run: Path) -> Train:
     return load_toml(Train, run / CONFIG)
+
+
+def settings(options: Any) -> dict[str, Any]:
+    """All settings in one dict that JSON can hold."""
+    found: dict[str, Any] = {}
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if is_dataclass(value):
+            found |= settings(value)
+        else:
+            found[f.name] = value if isinstance(value, int | float | str | None) else str(value)
+    return found
 
 
 class Log:

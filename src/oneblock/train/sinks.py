@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.train.options import Train, Watch
+from oneblock.train.run import settings
 
 FOLDER, PROJECT = "tensorboard", "oneblock"
 FLUSH = 10  # seconds after which events are on the disk
@@ -110,18 +110,6 @@ class Tracker:
 
     def close(self) -> None:
         self.module.finish()
-
-
-def settings(options: Any) -> dict[str, Any]:
-    """All settings in one dict that JSON can hold."""
-    found: dict[str, Any] = {}
-    for f in fields(options):
-        value = getattr(options, f.name)
-        if is_dataclass(value):
-            found |= settings(value)
-        else:
-            found[f.name] = value if isinstance(value, int | float | str | None) else str(value)
-    return found
 
 
 def indented(text: str) -> str:
