@@ -165,11 +165,11 @@ def columns(found: Sequence[Measured], differ: dict[str, list[Any]]) -> Table:
 def lines(found: Sequence[Measured]) -> Table:
     """A line for each run."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", style="cyan")
+    table.add_column("run", style="cyan", overflow="fold")
     table.add_column("model")
     for name in LISTED:
         table.add_column(name, justify="right")
     for run in found:
         cells = (FIGURES[name](run.results) or "-" for name in LISTED)
-        table.add_row(Text(str(run.folder)), run.options.model, *cells)
+        table.add_row(Text(run.name), run.options.model, *cells)
     return table

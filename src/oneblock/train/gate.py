@@ -14,6 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.plan import flops, memory, params
 from oneblock.plan.activations import Recompute
 from oneblock.plan.training import GPUS, Gpu, Run, run
+from oneblock.train import sinks
 from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total_memory, use_device
 from oneblock.train.optim import batches_before
 from oneblock.train.options import Loop, Train
@@ -150,6 +151,7 @@ def check(job: Job, options: Train, found: Estimate, world: World | None = None)
     """OneblockError where the run cannot be, with the numbers that disagree."""
     world = world or World()
     shapes(job, options, world)
+    sinks.check(options.watch)
     if options.gate and (wrong := verdict(job, options, found, world)):
         raise OneblockError(f"{wrong}; --no-gate tries all the same")
 

@@ -181,7 +181,7 @@ def draw_runs(runs: dict[str, Sequence[Row]], path: Path, x: str = "tokens") -> 
             axes.plot(at, smoothed(found), color=colour, **look)
             named = not val
         if seen := points(rows, key, "val", scale):
-            label = None if named else name
+            label = None if named else f"{name}: {seen[-1][1]:.3f}"
             axes.plot(*zip(*seen, strict=True), color=colour, linewidth=2.2, marker="o", markersize=4, label=label)
     zoom(axes, runs.values())
     axes.set(ylabel="loss (nats per token)", xlabel={"time": f"time ({unit})", "steps": "step"}.get(x, f"tokens{unit}"))

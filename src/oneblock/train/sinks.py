@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -67,8 +69,10 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int):
         from tensorboardX import SummaryWriter
 
-        # What a stopped run wrote after its last checkpoint will be measured again
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=FLUSH)
+        # What a stopped run wrote after its last checkpoint will be measured again. A file's name holds the second
+        # it was made in: without more, one resumed at once would write over the one before
+        after, more = step + 1 if step else None, f".{os.getpid()}.{token_hex(2)}"
+        self.writer = SummaryWriter(str(folder), purge_step=after, flush_secs=FLUSH, filename_suffix=more)
 
     def add(self, row: dict[str, float]) -> None:
         for tag, value in tagged(row):
@@ -95,7 +99,7 @@ class Tracker:
         more: dict[str, Any] = {"resume": "allow"}
         if name == "wandb":
             # Nothing leaves the machine unless somebody said so; `wandb sync` sends it later
-            more |= {"dir": str(run), "mode": os.environ.get("WANDB_MODE", "offline")}
+            more |= {"dir": str(run), "mode": os.environ.get("WANDB_MODE", "offline"), "id": identity(run)}
         self.module.init(project=PROJECT, name=run.resolve().name, config=settings(options), **more)
 
     def add(self, row: dict[str, float]) -> None:
@@ -110,6 +114,11 @@ class Tracker:
 
     def close(self) -> None:
         self.module.finish()
+
+
+def identity(run: Path) -> str:
+    """The same for every sitting of a run, and another for a folder that was made anew."""
+    return f"{zlib.crc32(f'{run.resolve()} {run.stat().st_ino}'.encode()):08x}"
 
 
 def indented(text: str) -> str:
