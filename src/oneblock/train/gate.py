@@ -19,7 +19,7 @@ from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total
 from oneblock.train.optim import batches_before
 from oneblock.train.options import Loop, Train
 from oneblock.train.prepare import Job
-from oneblock.train.show import clock, size
+from oneblock.train.show import lasting, size
 from oneblock.train.world import World
 
 UTILISATION = 0.4  # of the measured peak, that a run ordinarily gets
@@ -46,8 +46,8 @@ class Estimate:
         """As `--dry-run` shows them."""
         kind, each = str(self.dtype).removeprefix("torch."), " for each device" if self.devices > 1 else ""
         states, run, gpu = size(self.memory.states), self.run, self.gpu
-        took = f"about {clock(run.seconds)}" if loop.seconds is None else clock(run.seconds)
-        cost = "n/a (no GPU with a known price)"
+        took = f"about {lasting(run.seconds)}" if loop.seconds is None else f"{run.seconds:,.0f} seconds"
+        cost = "n/a: no GPU with a known price"
         if gpu:
             cost = f"about ${run.dollars:,.2f}: {self.devices} x {gpu.name.upper()} at ${gpu.price:.2f} an hour"
         return (

@@ -37,7 +37,7 @@ class Optimizer:
     # adamw (arXiv:1711.05101); muon (arXiv:2502.16982) for the blocks' matrices with AdamW for the rest;
     # adamw8bit (arXiv:2110.02861): moments in 8 bits, by torchao
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    lr: float = 1e-3
+    lr: float = 1e-3  # learning rate at its peak
     matrix_lr: float | None = None  # of Muon's matrices, on AdamW's scale; without it: lr
     beta1: float = 0.9
     beta2: float = 0.99

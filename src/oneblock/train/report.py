@@ -14,7 +14,7 @@ from oneblock.plan import params
 from oneblock.train.gate import gpu_of, rate
 from oneblock.train.options import Train
 from oneblock.train.run import CONFIG, CURVES, METRICS, PATHS, PICTURE, Results, results
-from oneblock.train.show import clock, size
+from oneblock.train.show import clock, lasting, size
 
 if TYPE_CHECKING:
     from oneblock.train.session import Session
@@ -90,7 +90,7 @@ def trained(session: Session) -> Iterator[tuple[str, str]]:
 def took(session: Session, found: Results) -> Iterator[tuple[str, str]]:
     plan = session.plan
     yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / len(session.job.train):.2f} epochs)"
-    yield "Time", f"{clock(found.seconds)}; expected {clock(plan.run.seconds)} for the whole run"
+    yield "Time", f"{clock(found.seconds)}; expected {lasting(plan.run.seconds)} for the whole run"
     if found.speed is not None:
         yield "Throughput", f"{found.speed:,.0f} tokens per second (median)"
     if found.mfu is not None:

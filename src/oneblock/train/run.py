@@ -76,10 +76,16 @@ def settings(options: Any) -> dict[str, Any]:
 class Log:
     """`metrics.jsonl`, a line at a time."""
 
-    def __init__(self, run: Path, step: int = 0):
-        """Go on after `step`: what a stopped run wrote past its last checkpoint will be measured again."""
+    def __init__(self, run: Path, step: int = 0, silent: bool = False):
+        """Go on after `step`: what a stopped run wrote past its last checkpoint will be measured again.
+
+        `silent`: keep rows without writing them; another process does.
+        """
+        self.silent = silent
         self.path = run / METRICS
         self.rows = [row for row in read(self.path) if row["step"] <= step]
+        if silent:
+            return
         new = self.path.with_name(f".{METRICS}.new")
         new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(new, self.path)
@@ -88,6 +94,8 @@ class Log:
         """Write a line, and what was written: what is no number is left out, since JSON has none."""
         row = {key: value for key, value in row.items() if math.isfinite(value)}
         self.rows.append(row)
+        if self.silent:
+            return row
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return row

@@ -84,12 +84,25 @@ def averaged(state: State) -> Iterator[None]:
 class Session:
     """Looks at a run while it goes: logs, validates, samples, saves."""
 
-    def __init__(self, job: Job, options: Train, run: Path, state: State, show: Show, plan: Estimate | None = None):
+    def __init__(
+        self,
+        job: Job,
+        options: Train,
+        run: Path,
+        state: State,
+        show: Show,
+        plan: Estimate | None = None,
+        world: World | None = None,
+    ):
         self.job, self.options, self.run, self.state, self.show = job, options, run, state, show
-        self.log, self.sinks, self.guard = Log(run, state.step), sinks(run, options, state.step), Guard(run)
+        self.world = world or World()
+        self.log = Log(run, state.step, silent=not self.world.first)
+        self.sinks = sinks(run, options, state.step) if self.world.first else []
+        self.guard = Guard(run)
         self.device = torch.device(options.loop.device)
-        self.plan = plan or estimate(job, options)
-        self.peak = self.plan.peak / flops.train(job.spec, job.context)  # tokens per second, at the machine's peak
+        self.plan = plan or estimate(job, options, self.world)
+        # Tokens per second if every device did products alone, at its peak
+        self.peak = self.plan.peak * self.world.size / flops.train(job.spec, job.context)
         self.saved = state.step if state.step else None  # the step of the newest checkpoint
         self.also: Observe | None = None
         self.val: float | None = None
@@ -105,10 +118,11 @@ class Session:
             self.options,
             Rows(self.job.train, self.job.context, self.options.loop.batch, self.options.loop.seed),
         )
-        world, dropout = World(), dropout_of(options.dropouts)
-        learner = learner_for(self.state.model, options.loop, options.objective, dropout, world)
+        dropout = dropout_of(options.dropouts)
+        learner = learner_for(self.state.model, options.loop, options.objective, dropout, self.world)
         with self.show, self.closing(), stopping(self.state):
-            train(self.state, rows.batch, learner, options.loop, options.optimizer, options.schedule, self.observe)
+            how = (options.loop, options.optimizer, options.schedule)
+            train(self.state, rows.batch, learner, *how, self.observe, self.world)
             self.inspect()
             finished = done(self.state, options.loop) >= 1
             if self.saved != self.state.step:
@@ -188,7 +202,8 @@ class Session:
         bad = self.guard.look()
         if not bad:
             return
-        self.guard.write(bad)
+        if self.world.first:
+            self.guard.write(bad)
         lost = len(self.guard.streak) >= MOST
         if self.options.loop.nonfinite == "stop" or lost:
             self.halt(bad[0], lost)
@@ -201,7 +216,8 @@ class Session:
             self.state.step -= 1
             self.state.tokens -= metrics.tokens
         self.save()
-        self.picture()
+        if self.world.first:
+            self.picture()
         tried = f", as in all of the last {MOST} steps" if lost else ""
         skip = "" if lost else f", or pass it: oneblock train --resume {self.run} --nonfinite skip"
         raise OneblockError(
@@ -250,9 +266,10 @@ class Session:
             with averaged(state), replacing(self.run / "ema") as new:
                 write_model(new, state.model)
                 self.job.tokenizer.save(new)
-        self.picture()
         sample = self.sample(watch.prompt, watch.sample_tokens) if finished else None
-        report.write(self, sample)
+        if self.world.first:
+            self.picture()
+            report.write(self, sample)
 
     def picture(self) -> Path:
         return self.log.picture(f"{self.options.model}, {params.total(self.job.spec):,} parameters")

@@ -25,6 +25,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
+def lasting(seconds: float) -> str:
+    """`45 seconds`, `12 minutes`, `5.1 hours`, `6.3 days`: for what is not known better."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.7 * unit:
+            return f"{seconds / unit:.2g} {name}" if seconds < 10 * unit else f"{seconds / unit:.0f} {name}"
+    return f"{max(1, round(seconds))} seconds" if seconds > 1.5 else "1 second"
+
+
 def size(n: float) -> str:
     if n >= 1e9:
         return f"{n / 1e9:.1f} GB"
