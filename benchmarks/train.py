@@ -151,9 +151,7 @@ def main() -> int:
     parser = arguments(__doc__ or "", repeats=5)
     parser.add_argument("--shakespeare", action="store_true", help="run shakespeare.py as well")
     parser.add_argument("--side", choices=SIDES, help="be one side: used by the script itself")
-    parser.add_argument(
-        "--peak", choices=("ours", "naive"), help="one side's memory: used by the script itself"
-    )
+    parser.add_argument("--peak", choices=("ours", "naive"), help="one side's memory: used by the script itself")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -178,7 +178,7 @@ def _memory(batch: int, context: int, dtype: str) -> Iterator[Metric]:
     yield Metric(
         "training_checkpointed_activations", train, kept, size, lambda c: c.plan.training_checkpointed.activations
     )
-    yield Metric("training_logits", train, "  logits", size, lambda c: c.plan.training.logits)
+    yield Metric("training_loss", train, "  loss", size, lambda c: c.plan.training.loss + c.plan.training.head)
     yield Metric("training_total", train, "total", size, lambda c: c.plan.training.total, bold=True)
     total = "total, checkpointed"
     yield Metric("training_checkpointed_total", train, total, size, lambda c: c.plan.training_checkpointed.total)

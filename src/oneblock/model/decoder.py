@@ -46,16 +46,16 @@ class Block(nn.Module):
         drop = step.dropout
 
         def attn(x: Tensor) -> Tensor:
-            return dropped(self.attn(x, step, layer), drop.residual)
+            return dropped(self.attn(lowered(x), step, layer), drop.residual)
 
         def mlp(x: Tensor) -> Tensor:
-            return dropped(self.mlp(x, drop.mlp), drop.residual)
+            return dropped(self.mlp(lowered(x), drop.mlp), drop.residual)
 
         if self.residual == "post":
             x = self.attn_out(x + attn(x))
             return self.mlp_out(x + mlp(x))
         if self.residual in ("parallel", "parallel_two"):
-            h = self.attn_in(x)
+            h = lowered(self.attn_in(x))
             return x + attn(h) + mlp(h if self.residual == "parallel" else self.mlp_in(x))
         x = x + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
         return x + gated(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
@@ -148,6 +148,12 @@ class Decoder(nn.Module):
             raise OneblockError(
                 f"{length} tokens are over the model's {self.spec.positions.length} learned positions: shorten the text"
             )
+
+
+def lowered(x: Tensor) -> Tensor:
+    """x as autocast's products read it, cast once instead of by each of them; without autocast x itself."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def dropped(x: Tensor, p: float) -> Tensor:

@@ -1,8 +1,4 @@
-"""Bytes to serve and to train a model.
-
-What training keeps for the backward pass is read off the Spec, tensor by tensor, for attention that never writes its
-scores out (FlashAttention, arXiv:2205.14135) and element-wise operations that are not fused.
-"""
+"""Bytes to serve and to train a model."""
 
 from __future__ import annotations
 
@@ -10,13 +6,19 @@ from dataclasses import dataclass, fields
 
 from oneblock.errors import OneblockError
 from oneblock.plan import params
+from oneblock.plan.activations import Kept, Recompute, activations
 from oneblock.plan.cache import kv_bytes
-from oneblock.spec import Attention, Layer, Mlp, Moe, Spec
+from oneblock.spec import Attention, Mlp, Moe, Spec
 
 # Bytes per weight. int8: a 16-bit scale for 32 weights; int4 likewise (the layout of llama.cpp's q8_0 and q4_0).
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0625, "int4": 0.5625}
 
 PREFILL = 2048  # tokens that a server pushes through the model at a time
+# On CPUs: what the C library's heap holds free between what comes and goes, and the compiled kernels of products with
+# their scratch; measured (docs/cost.md).
+HOLES, KERNELS = 0.45, 100_000_000
+
+LOSS_PART = 256 << 20  # bytes of logits with their gradient that the training loss works on at a time
 
 
 def weight_bytes(dtype: str) -> float:
@@ -42,12 +44,31 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Setup:
+    """How a model is trained: what decides about memory beside its Spec."""
+
+    dtype: str = "bfloat16"  # of the products; weights, gradients and sums are fp32
+    recompute: Recompute = "none"
+    optimizer: str = "adamw"  # or muon, adamw8bit
+    accumulate: bool = False  # gradients of earlier batches are there while the next is worked through
+    ema: bool = False
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
 class Training:
+    """Bytes. Gradients come while activations go, so the most there is at once is less than the sum."""
+
     weights: int
     gradients: int
-    optimizer: int  # AdamW's two moments in fp32, and the fp32 weights where the model's are 16-bit
+    optimizer: int  # AdamW: two moments in fp32; and the running average of the weights
+    copies: int  # of the weights in 16 bits, from the forward pass to the backward pass
     activations: int
-    logits: int
+    loss: int  # what the loss needs beside the gradient of the vocabulary's matrix
+    head: int  # the gradient of that matrix, which comes first
+    again: int  # the embedding's own gradient, where it has to be added to one that is there
+    accumulate: bool = False
+    cpu: bool = False
 
     @property
     def states(self) -> int:
@@ -56,16 +77,22 @@ class Training:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
+        """The most there is at once: in the loss, or at the end of the backward pass."""
+        before = self.gradients if self.accumulate else 0
+        in_loss = before + self.copies + self.activations + self.head + self.loss
+        passing = max(in_loss, self.gradients + self.again)
+        return self.weights + self.optimizer + passing + (round(HOLES * passing) + KERNELS if self.cpu else 0)
 
 
-def serving(spec: Spec, context: int, batch: int = 1, dtype: str = "bfloat16", image: int = 0) -> Serving:
+def serving(
+    spec: Spec, context: int, batch: int = 1, dtype: str = "bfloat16", image: int = 0, cpu: bool = False
+) -> Serving:
     """`batch` texts of `context` tokens, all in memory at once."""
     size = compute_bytes(dtype)
     return Serving(
         weights=round(params.total(spec) * weight_bytes(dtype)),
         cache=batch * kv_bytes(spec, context, size, image),
-        workspace=workspace(spec, min(batch * context, PREFILL), batch, size),
+        workspace=workspace(spec, min(batch * context, PREFILL), batch, size) + cpu * KERNELS,
     )
 
 
@@ -88,56 +115,45 @@ def _mlp_width(m: Mlp | Moe) -> int:
     return max(m.top_k * _mlp_width(m.expert), shared)
 
 
-def training(
-    spec: Spec, context: int, batch: int = 1, dtype: str = "bfloat16", checkpointing: bool = False
-) -> Training:
-    """One device holds it all and sees `batch` texts of `context` tokens a step. States: 16 bytes a parameter.
+def training(spec: Spec, context: int, batch: int = 1, setup: Setup = Setup()) -> Training:
+    """One device holds it all and sees `batch` texts of `context` tokens at a time. States: 16 bytes a parameter.
 
-    16-bit: weights 2, gradients 2, AdamW 8, fp32 weights 4 (arXiv:1910.02054, section 3.1); fp32: 4 + 4 + 8.
+    4 for the weight, 4 for its gradient, 8 for AdamW's moments, all fp32 (as arXiv:1910.02054, section 3.1, counts
+    them for 16-bit weights with a copy in fp32: here the 16-bit ones are the copies, and live for a part of the step).
     """
-    size, count, tokens = compute_bytes(dtype), params.total(spec), batch * context
+    size, count, tokens = compute_bytes(setup.dtype), params.total(spec), batch * context
+    head = spec.vocab * spec.dim
+    in_products = count - (spec.vocab + spec.embed_extra) * spec.dim * (1 if spec.tied else 2)
+    kept = Kept(size, context, setup.cpu)
     return Training(
-        weights=count * size,
-        gradients=count * size,
-        optimizer=count * (8 if size == 4 else 12),
-        activations=tokens * activations(spec, size, checkpointing),
-        # logits, their log-probabilities in fp32 and the gradient of these
-        logits=tokens * spec.vocab * (size + 8),
+        weights=4 * count,
+        gradients=4 * count,
+        optimizer=optimizer_bytes(spec, setup.optimizer) + 4 * count * setup.ema,
+        copies=in_products * size if size == 2 else 0,
+        activations=tokens * activations(spec, kept, setup.recompute),
+        loss=loss_bytes(spec, tokens, size, setup.cpu),
+        head=4 * head,
+        again=4 * head * (1 + setup.accumulate) if spec.tied or setup.accumulate else 0,
+        accumulate=setup.accumulate,
+        cpu=setup.cpu,
     )
 
 
-def activations(spec: Spec, size: int = 2, checkpointing: bool = False) -> int:
-    """Bytes per token kept for the backward pass, logits left out.
-
-    With checkpointing: each layer's input, and all of the one layer that is being computed again.
-    """
-    layers = [layer_activations(x, spec.dim, size) for x in spec.layers]
-    ends = 2 * spec.dim * size * spec.final_norm  # the final norm's input and output
-    return ends + (len(layers) * spec.dim * size + max(layers) if checkpointing else sum(layers))
-
-
-# Vectors of the residual stream's width that a layer keeps: what each norm reads, what each linear reads.
-STREAM = {"pre": 4, "post": 4, "output": 4, "sandwich": 6, "parallel": 2, "parallel_two": 3}
-
-
-def layer_activations(layer: Layer, dim: int, size: int = 2) -> int:
-    """Bytes per token that one layer keeps for its backward pass."""
-    numbers = STREAM[layer.residual] * dim + 2 * layer.gated * dim
-    numbers += attention_activations(layer.attn) + mlp_activations(layer.mlp, dim)
-    return numbers * size + 4 * layer.attn.n_heads  # softmax statistics, fp32
+def optimizer_bytes(spec: Spec, optimizer: str) -> int:
+    count = params.total(spec)
+    if optimizer == "adamw8bit":
+        return round(count * 2 * (1 + 4 / 256))  # a byte a moment, and a scale for each 256 of them
+    if optimizer == "muon":
+        stacked = sum(
+            x.mlp.n_experts * params.mlp(x.mlp.expert, spec.dim) for x in spec.layers if isinstance(x.mlp, Moe)
+        )
+        blocks = sum(params.layer(x, spec.dim, spec.norm).total() for x in spec.layers)
+        return 8 * count - 4 * (blocks - stacked)  # its matrices have one moment; the few vectors are left out
+    return 8 * count
 
 
-def attention_activations(a: Attention) -> int:
-    """q, k, v as attention reads them, its answer, and what q and k were before their norm."""
-    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
-    kept = 2 * q if a.cross else 2 * q + 2 * kv
-    return kept + (q + (0 if a.cross else kv) if a.qk_norm else 0)
-
-
-def mlp_activations(m: Mlp | Moe, dim: int) -> int:
-    """Gated: gate, act(gate), up and their product; plain: before and after the activation. ReLU needs only after."""
-    if isinstance(m, Mlp):
-        return ((4 if m.gated else 2) - (m.act == "relu")) * m.hidden
-    routed = m.top_k * (mlp_activations(m.expert, dim) + 2 * dim)  # a copy of the token goes in, an answer comes out
-    shared = mlp_activations(m.shared, dim) if m.shared else 0
-    return routed + shared + m.n_experts + m.shared_gate * dim
+def loss_bytes(spec: Spec, tokens: int, size: int, cpu: bool) -> int:
+    """The vocabulary's matrix in 16 bits, the logits of one part of the tokens, and the gradient of what came in."""
+    part = min(tokens, max(1, LOSS_PART // (spec.vocab * (4 + size)))) * spec.vocab
+    logits = part * (size if cpu else size + 8)  # CPUs work on fp32 rows in their caches
+    return (spec.vocab * spec.dim * 2 if size == 2 else 0) + logits + 2 * tokens * spec.dim * size

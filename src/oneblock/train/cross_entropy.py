@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from oneblock.model import Decoder
+from oneblock.plan.memory import LOSS_PART
 
-PART = 256 << 20  # bytes of one part's logits with their gradient
 FAST = 4 << 20  # bytes of logits that are worked on at once on a CPU: they stay in its caches
 WORDS = 4096  # rows of the weight's gradient that are added to at once: what is added is never whole either
 
@@ -51,7 +51,7 @@ class Parts(torch.autograd.Function):
         count = (targets != head.ignore).sum().clamp(min=1)
         cast = weight.to(x.dtype)
         total, entropy = (torch.zeros((), device=x.device) for _ in range(2))
-        rows = max(1, PART // (cast.shape[0] * (4 + x.element_size())))
+        rows = max(1, LOSS_PART // (cast.shape[0] * (4 + x.element_size())))
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             logits = torch.mm(x[part], cast.T)

@@ -55,8 +55,8 @@ Observe = Callable[[State, Metrics], None]
 class Learner(nn.Module):
     """A model and what it minimises, as one module that can be wrapped."""
 
-    def __init__(self, model: Decoder, loss: Loss, after: Callable[[], None] | None = None):
-        """`after` is called when a step has moved the weights."""
+    def __init__(self, model: Decoder, loss: Loss, after: Callable[[Tensor], None] | None = None):
+        """`after` is called when a step is done, with whether it was good."""
         super().__init__()
         self.model, self.loss, self.after = model, loss, after
 
@@ -153,13 +153,13 @@ class Engine:
         state.optimizer.step(good)
         state.optimizer.zero_grad()
         if (after := self.after()) is not None:
-            after()
+            after(good)
         if state.ema is not None:
             average(state.ema, state.model, self.optimizer.ema)
         tokens = int(count) if device.type == "cpu" else sum(part.count for part in parts) * self.world.data_ranks
         return Made(seen.pop("loss"), norm, good, tokens, numbers, seen)
 
-    def after(self) -> Callable[[], None] | None:
+    def after(self) -> Callable[[Tensor], None] | None:
         """The learner's own, whatever it is wrapped in."""
         return getattr(getattr(self.learner, "module", self.learner), "after", None)
 

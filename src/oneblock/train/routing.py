@@ -70,9 +70,9 @@ class Routing:
         return counts, shares, logits.logsumexp(-1).square().mean()
 
     @torch.no_grad()
-    def steer(self) -> None:
-        """After a step: a little more bias for experts with too few tokens, a little less for those with too many."""
+    def steer(self, good: Tensor) -> None:
+        """After a good step: more bias for experts that got too few tokens, less for those that got too many."""
         if self.objective.balance == "bias" and self.counts is not None:
             for layer, counts in zip(self.layers, self.counts, strict=True):
-                layer.router.bias.add_(self.objective.balance_weight * (counts.mean() - counts).sign())
+                layer.router.bias.add_(self.objective.balance_weight * good * (counts.mean() - counts).sign())
         self.counts = None
