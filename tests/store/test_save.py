@@ -18,7 +18,7 @@ from oneblock.errors import OneblockError
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES, Attention, Layer, Mlp, Positions, Rope, Spec
 from oneblock.store import Checkpoint, load_model, replacing, save_model
-from oneblock.store.folder import _exchange
+from oneblock.store.folder import exchange
 from oneblock.store.save import write_model
 
 TINY = FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden=8)
@@ -176,7 +176,7 @@ def test_the_exchange_without_the_systems_help(old: Path, monkeypatch: pytest.Mo
     new = old.with_name("new")
     new.mkdir()
     (new / "x").write_text("x")
-    _exchange(new, old)
+    exchange(new, old)
     assert set(files(old)) == {"x"}
     assert "tokenizer.json" in files(new)
     assert sorted(path.name for path in old.parent.iterdir()) == ["model", "new"]
@@ -251,12 +251,12 @@ KILLED = SAVE.replace(
     "resource.setrlimit(",
     """
 import os, time, oneblock.store.save as save
-whole = save._write_file
+whole = save.write_file
 def slow(*args):
     whole(*args)
     print("written", flush=True)
     time.sleep(60)
-save._write_file = slow
+save.write_file = slow
 (lambda *a: None)(""",
 )
 

@@ -121,7 +121,9 @@ def test_resume_keeps_its_settings_and_can_go_on_longer(
 ) -> None:
     run = tmp_path / "run"
     assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
-    assert "--lr cannot be given with --resume" in fails(["train", "--resume", str(run), "--lr", "1"], capsys)
+    assert "a resumed run keeps its settings (--lr differ)" in fails(
+        ["train", "--resume", str(run), "--lr", "1"], capsys
+    )
     assert main(["train", "--resume", str(run), "--steps", "14"]) == 0
     assert losses(run)[-1][0] == 14
     text.write_text(TEXT[::-1])
@@ -218,15 +220,6 @@ def test_a_tokenizer_too_large_for_the_model(text: Path, tmp_path: Path, capsys:
 def test_a_loss_that_is_no_number_ends_the_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--data", str(text), "--out", str(tmp_path / "run"), *QUICK, "--lr", "1e30", "--clip", "0"]
     assert "lower --lr" in fails(argv, capsys)
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
-def test_damaged_checkpoints(file: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
-    path = run / "latest" / file
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert file in fails(["train", "--resume", str(run), "--steps", "20"], capsys)
 
 
 # ------------------------------------------------------------------ settings

@@ -31,9 +31,9 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         yield new
         if target.exists():
             _carry_over(target, new)
-        _flush(new)
-        _exchange(new, target)
-        _flush_folder(target.parent)
+        flush(new)
+        exchange(new, target)
+        flush_folder(target.parent)
     except OSError as error:
         raise OneblockError(
             f"{folder}: could not be saved ({error.strerror or error}); make room or choose another folder "
@@ -85,15 +85,15 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     with suppress(OSError, AttributeError):  # not every system lets a folder be opened
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -102,7 +102,7 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _exchange(new: Path, target: Path) -> None:
+def exchange(new: Path, target: Path) -> None:
     """Put `new` where `target` is, and what was there where `new` was."""
     if not target.exists():
         new.rename(target)

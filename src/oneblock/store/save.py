@@ -61,11 +61,27 @@ def write_model(
         raise OneblockError(
             f"{folder.name}: the configuration describes another model; save without one to have it made"
         )
-    tensors = dict(model.named_parameters())
-    _write_weights(folder, _named(family, model, layout), tensors, max_shard_size)
+    files = weight_files(_named(family, model, layout), dict(model.named_parameters()), max_shard_size)
+    for name, held in files.items():
+        write_file(folder / name, held, dict(model.named_parameters()))
+    _write_index(folder, files, dict(model.named_parameters()))
     _write_json(folder / CONFIG, _with_dtype(config, model))
     if generation:
         _write_json(folder / "generation_config.json", generation)
+
+
+def model_files(model: Decoder, parts: int) -> dict[str, Slots]:
+    """The weight files of a model and what each holds, about `parts` of them: for processes that share the writing."""
+    tensors = dict(model.named_parameters())
+    slots = _named(family_of(write_config(model.spec)), model, None)
+    total = sum(_bytes(slot, tensors) for slot in slots.values())
+    return weight_files(slots, tensors, min(SHARD, -(-total // parts)))
+
+
+def write_config_files(folder: Path, model: Decoder, files: dict[str, Slots]) -> None:
+    """What stands beside the weight files."""
+    _write_index(folder, files, dict(model.named_parameters()))
+    _write_json(folder / CONFIG, _with_dtype(write_config(model.spec), model))
 
 
 def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
@@ -88,17 +104,19 @@ def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
     return found
 
 
-def _write_weights(folder: Path, slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: int) -> None:
+def weight_files(slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: int) -> dict[str, Slots]:
+    """One file, or several with their numbers."""
     shards = _shards(slots, tensors, max_shard_size)
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0], tensors)
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def _write_index(folder: Path, files: dict[str, Slots], tensors: Mapping[str, Tensor]) -> None:
+    if len(files) == 1:
         return
-    where: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / name, shard, tensors)
-        where |= dict.fromkeys(shard, name)
-    total = sum(_bytes(slot, tensors) for slot in slots.values())
+    where = {slot: name for name, held in files.items() for slot in held}
+    total = sum(_bytes(slot, tensors) for held in files.values() for slot in held.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
@@ -116,7 +134,7 @@ def _shards(slots: Slots, tensors: Mapping[str, Tensor], limit: int) -> list[Slo
     return shards
 
 
-def _write_file(path: Path, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
     header = build_header({name: (_code(slot, tensors), slot.shape) for name, slot in slots.items()})
     with path.open("wb") as file:
         file.write(header)

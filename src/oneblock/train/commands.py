@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # What a resumed run may be told anew: how long to go on and what to look at, not what is learned from what.
 FREE = ("steps", "seconds", "device", "nonfinite", "gate", *(f for f in Train().watch.__dataclass_fields__))
 
+# What decides about a model's tensors.
+SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
+
 
 def train(options: Train) -> None:
     """Train a model on text files, or go on with a run."""
@@ -52,14 +55,14 @@ def resume(options: Train) -> None:
 
     run = options.resume
     assert run is not None
-    folder = checkpoint.latest(run)
+    folder = checkpoint.newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
     options = merged(recorded(run), options)
     job = prepare(options, Tokenizer.load(folder))
     found = estimate(job, options)
     check(job, options, found)
     state = fresh(job, options)
     at = checkpoint.restore(folder, state)
-    if at.data != job.fingerprint:
+    if at.data != job.fingerprint and not options.allow_changes:
         raise OneblockError(f"the text has changed since {run} began: put it back, or start a new run from {folder}")
     print(f"resuming {run} at step {at.step:,}")
     record(run, options)
@@ -82,14 +85,26 @@ def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate) -> 
 
 
 def merged(recorded: Train, given: Train) -> Train:
-    """The recorded settings with those given anew that may change; OneblockError on any other."""
-    changes = {key: value for key, value in flat(given).items() if value != flat(Train())[key]}
-    for key in changes:
-        if key not in (*FREE, "resume", "config") and changes[key] != flat(recorded)[key]:
-            raise OneblockError(
-                f"a resumed run keeps its settings: --{key.replace('_', '-')} cannot be given with --resume"
-            )
-    return with_changes(recorded, {key: value for key, value in changes.items() if key in FREE})
+    """The recorded settings with those given anew. What a run began with changes only if that is allowed."""
+    was, now, usual = flat(recorded), flat(given), flat(Train())
+    changes = {key: now[key] for key in now if now[key] != usual[key] and now[key] != was[key]}
+    changed = [key for key in changes if key not in (*FREE, "resume", "config", "allow_changes")]
+    for key in changed:
+        print(f"changed: --{key.replace('_', '-')} was {shown(was[key])}, is now {shown(now[key])}")
+    if changed and not given.allow_changes:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
+        raise OneblockError(
+            f"a resumed run keeps its settings ({flags} differ): leave them out, or add --allow-changes"
+        )
+    if fixed := [key for key in changed if key in SHAPES]:
+        raise OneblockError(
+            f"the checkpoint's model cannot take another --{fixed[0].replace('_', '-')}: start a new run"
+        )
+    return with_changes(recorded, {key: changes[key] for key in changes if key not in ("resume", "config")})
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flat(options: Any) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def reuse_memory() -> None:
     """Let the C library keep freed memory instead of giving it back: a step needs the same again.
 
     Memory that comes fresh from the system is cleared page by page, which cost half of a step of GPT-2 on two cores.
-    Large pieces still come and go, on huge pages, so that little lies idle. Works with glibc; elsewhere nothing changes.
+    Large pieces still come and go, on huge pages, so that little lies idle. With glibc; elsewhere nothing changes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, if it has not allocated yet
     if not sys.platform.startswith("linux"):

@@ -104,6 +104,10 @@ class Session:
         # Tokens per second if every device did products alone, at its peak
         self.peak = self.plan.peak * self.world.size / flops.train(job.spec, job.context)
         self.saved = state.step if state.step else None  # the step of the newest checkpoint
+        background, watch = options.watch.async_save, options.watch
+        if background is None:
+            background = options.loop.device.startswith("cuda")
+        self.saver = checkpoint.Saver(run, job.tokenizer, job.fingerprint, watch.keep, background)
         self.also: Observe | None = None
         self.val: float | None = None
         self.window = (state.tokens, time.perf_counter())  # when the last reading was taken
@@ -127,6 +131,7 @@ class Session:
             finished = done(self.state, options.loop) >= 1
             if self.saved != self.state.step:
                 self.save()
+            self.saver.wait()
             self.finish(finished)
         return finished
 
@@ -255,8 +260,7 @@ class Session:
     # ------------------------------------------------------------------ keeping
 
     def save(self) -> None:
-        watch = self.options.watch
-        checkpoint.save(self.run, self.state, self.job.tokenizer, self.job.fingerprint, watch.keep)
+        self.saver.save(self.state)
         self.saved = self.state.step
 
     def finish(self, finished: bool) -> None:
