@@ -38,8 +38,10 @@ def test_a_batch_depends_on_seed_and_number_alone() -> None:
 @given(st.integers(20, 400), st.integers(1, 19), st.integers(0, 5))
 def test_an_epoch_repeats_nothing_and_misses_less_than_two_rows(size: int, length: int, epoch: int) -> None:
     rows = Rows(TEXT[:size], length, 1, seed=1)
-    first = epoch * rows.rows
-    seen = Counter(i for n in range(first, first + rows.rows) for i in rows.batch(n).targets.flatten().tolist())
+    first = epoch * rows.sources[0].rows
+    seen = Counter(
+        i for n in range(first, first + rows.sources[0].rows) for i in rows.batch(n).targets.flatten().tolist()
+    )
     assert max(seen.values()) == 1
     assert max(seen) < size
     assert size - 1 - len(seen) < 2 * length
@@ -47,7 +49,7 @@ def test_an_epoch_repeats_nothing_and_misses_less_than_two_rows(size: int, lengt
 
 def test_epochs_differ_in_order_and_cut() -> None:
     rows = Rows(TEXT, 16, 1, seed=1)
-    first, second = (starts(rows, range(e * rows.rows, (e + 1) * rows.rows)) for e in (0, 1))
+    first, second = (starts(rows, range(e * rows.sources[0].rows, (e + 1) * rows.sources[0].rows)) for e in (0, 1))
     assert first != second
     assert len({s % 16 for s in first}) == 1
     assert {s % 16 for s in first} != {s % 16 for s in second}

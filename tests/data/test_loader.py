@@ -1,0 +1,90 @@
+"""Batches in the background are the batches in the foreground, whatever the ranks and workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from oneblock.data import loader as loaders
+from oneblock.data.loader import Loader
+from oneblock.data.rows import Rows
+from oneblock.errors import OneblockError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning"),
+]
+
+
+def order(samples: int, epochs: int, ranks: int, workers: int) -> list[int]:
+    """The first ids of all rows, in the global order that the ranks' batches make."""
+    text = np.arange(samples // epochs * 2 + 2, dtype=np.uint32)
+    rows = Rows(text, 2, 40, seed=7)
+    assert rows.sources[0].rows == samples // epochs
+    found: list[list[int]] = [[] for _ in range(samples // 40)]
+    for rank in range(ranks):
+        with Loader(rows, rank, ranks, workers) as load:
+            for n in range(samples // 40):
+                found[n] += load(n).ids[:, 0].tolist()
+    return [i for batch in found for i in batch]
+
+
+def check(samples: int, epochs: int) -> None:
+    alone = order(samples, epochs, 1, 0)
+    each = samples // epochs
+    for e in range(epochs):
+        assert len(set(alone[e * each : (e + 1) * each])) == each
+    for ranks in (1, 2, 4):
+        for workers in (0, 1, 4):
+            assert order(samples, epochs, ranks, workers) == alone, (ranks, workers)
+
+
+def test_the_order_is_the_same_with_any_ranks_and_workers() -> None:
+    check(3_000, 3)
+
+
+@pytest.mark.slow
+def test_the_order_of_100_000_samples() -> None:
+    check(100_080, 3)
+
+
+def test_it_goes_on_from_anywhere() -> None:
+    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
+    with Loader(rows, workers=1) as load:
+        for n in (5, 6, 7, 3, 4, 100, 101):
+            assert torch.equal(load(n).ids, rows.batch(n).ids)
+
+
+def test_a_worker_that_dies_ends_in_one_line() -> None:
+    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
+    with Loader(rows, workers=1) as load:
+        load(0)
+        os.kill(load.stream._workers[0].pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(OneblockError, match="loader worker died"):
+            for n in range(1, 100):
+                load(n)
+        assert time.monotonic() - began < 60
+        assert torch.equal(load(50).ids, rows.batch(50).ids)  # and can begin again
+
+
+def test_a_worker_that_hangs_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "PATIENCE", 1.0)
+    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
+    with Loader(rows, workers=1) as load:
+        load(0)
+        os.kill(load.stream._workers[0].pid, signal.SIGSTOP)
+        with pytest.raises(OneblockError, match="died or hangs"):
+            for n in range(1, 100):
+                load(n)
+
+
+def test_a_batch_that_does_not_divide_is_told_at_once() -> None:
+    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 6, seed=0)
+    with pytest.raises(OneblockError, match="6 rows does not divide by 4 ranks"):
+        Loader(rows, 0, 4)

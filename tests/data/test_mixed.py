@@ -1,0 +1,156 @@
+"""Many parts, many texts, documents in a row: what a batch is made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oneblock.data.rows import BLOCK, IGNORE, Batch, Rows, counts, in_order, shares
+from oneblock.data.tokens import Tokens
+from oneblock.errors import OneblockError
+from oneblock.model import Decoder, init_weights
+from oneblock.spec import spec
+from oneblock.train.losses import next_token
+
+TEXT = np.arange(1000, dtype=np.uint16)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 50), st.data())
+def test_parts_read_as_one(sizes: list[int], length: int, data: st.DataObject) -> None:
+    whole = np.arange(sum(sizes) + 60, dtype=np.uint16)
+    parts = np.split(whole, np.cumsum(sizes))
+    tokens = Tokens(parts)
+    assert len(tokens) == len(whole)
+    starts = np.array(data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4)))
+    assert tokens.take(starts, length).tolist() == [list(range(s, s + length)) for s in starts]
+
+
+def test_shards_give_the_batches_of_one_array() -> None:
+    parts = Rows(Tokens(np.split(TEXT, [300, 301, 700])), 16, 4, seed=1)
+    for n in range(20):
+        assert torch.equal(parts.batch(n).ids, Rows(TEXT, 16, 4, seed=1).batch(n).ids)
+
+
+# ------------------------------------------------------------------ ranks and weights
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_a_batch(ranks: int) -> None:
+    rows = Rows([Tokens([TEXT]), Tokens([TEXT + 1000])], 16, 8, seed=0)
+    for n in range(10):
+        parts = [rows.batch(n, rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat([p.ids for p in parts]), rows.batch(n).ids)
+        assert sum(p.count for p in parts) == rows.batch(n).count
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(OneblockError, match="batch of 6 rows does not divide by 4 ranks"):
+        Rows(TEXT, 16, 6, seed=0).batch(0, 1, 4)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 10**7))
+def test_shares_are_met_at_every_point(weights: list[float], rows: int) -> None:
+    found = shares(weights, len(weights))
+    taken = counts(found, rows)
+    assert taken.sum() == rows
+    assert np.abs(taken - found * rows).max() <= 1.0
+    assert (counts(found, rows + BLOCK) >= taken).all()
+
+
+def test_a_mixture_is_pure_and_repeats_nothing_within_a_texts_epoch() -> None:
+    texts = [Tokens([TEXT]), Tokens([TEXT[:500] + 1000]), Tokens([TEXT[:100] + 2000])]
+    rows = Rows(texts, 4, 8, seed=5, weights=[0.7, 0.2, 0.1])
+    seen = [rows.batch(n).ids for n in range(300)]
+    again = Rows(texts, 4, 8, seed=5, weights=[0.7, 0.2, 0.1])
+    for n in (299, 0, 150, 131, 132):
+        assert torch.equal(again.batch(n).ids, seen[n])
+    first = torch.cat(seen)[:, 0].numpy()
+    which = np.searchsorted([1000, 2000], first, side="right")
+    assert np.abs(np.bincount(which) / len(first) - [0.7, 0.2, 0.1]).max() < 0.01
+    for k, source in enumerate(rows.sources):
+        epoch = first[which == k][: source.rows]
+        assert max(Counter(epoch.tolist()).values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([1.0], "1 weights for 2 texts"),
+        ([1.0, -1.0], "no shares"),
+        ([0.0, 0.0], "no shares"),
+        ([1, float("nan")], "no"),
+    ],
+)
+def test_weights_that_are_none(weights: list[float], said: str) -> None:
+    with pytest.raises(OneblockError, match=said):
+        Rows([Tokens([TEXT]), Tokens([TEXT])], 16, 2, seed=0, weights=weights)
+
+
+# ------------------------------------------------------------------ documents
+
+ENDS = np.array([3, 10, 11, 30, 64])
+
+
+def documents() -> Tokens:
+    ids = np.random.default_rng(0).integers(0, 50, 64).astype(np.uint16)
+    return Tokens([ids[:20], ids[20:]], ENDS)
+
+
+def test_documents_by_hand() -> None:
+    text = documents()
+    batch = next(in_order(text, 12, 1, documents=True))
+    ids = text.take(np.array([0]), 13)[0].tolist()
+    assert batch.ids.tolist() == [ids[:12]]
+    assert batch.documents is not None
+    assert batch.positions is not None
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 3]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 0]]
+    expected = list(ids[1:])
+    for end in (3, 10, 11):
+        expected[end - 1] = IGNORE
+    assert batch.targets.tolist() == [expected]
+    assert batch.count == 12 - 3
+
+
+def test_a_row_that_begins_inside_a_document_counts_from_there() -> None:
+    document, position = documents().documents(np.array([5, 31]), 8)
+    assert document.tolist() == [[0, 0, 0, 0, 0, 1, 2, 2], [0] * 8]
+    assert position.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1], list(range(8))]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_packed_documents_are_each_alone(family: str) -> None:
+    """Logits and loss of a packed row are those of its documents one at a time."""
+    model = Decoder(spec(family, vocab=50, dim=16, n_layers=2, n_heads=2, context=64))
+    init_weights(model, 0)
+    text = documents()
+    packed = next(in_order(text, 63, 1, documents=True))
+    with torch.no_grad():
+        logits = model(packed.ids, positions=packed.positions, documents=packed.documents)
+        loss, total = next_token(model, packed), 0.0
+        for start, end in zip([0, *ENDS[:-1]], ENDS, strict=True):
+            ids = torch.from_numpy(text.take(np.array([start]), int(end - start)))
+            here = slice(int(start), min(int(end), 63))
+            torch.testing.assert_close(logits[:, here], model(ids)[:, : here.stop - here.start], atol=1e-5, rtol=1e-5)
+            if end - start > 1:
+                alone = Batch(ids[:, :-1], ids[:, 1:], int(end - start) - 1)
+                total += float(next_token(model, alone)) * alone.count
+    assert float(loss) == pytest.approx(total / packed.count, abs=1e-5)
+
+
+def test_a_slice_keeps_its_documents() -> None:
+    text = documents().slice(5, 40)
+    assert len(text) == 35
+    assert text.ends is not None
+    assert text.ends.tolist() == [5, 6, 25, 35]
+    assert text.take(np.array([0]), 35).tolist() == documents().take(np.array([5]), 35).tolist()
+
+
+def test_text_without_documents() -> None:
+    with pytest.raises(OneblockError, match="does not say where its documents end"):
+        Rows(TEXT, 16, 2, seed=0, documents=True)
