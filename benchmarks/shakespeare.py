@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import alternate, arguments, report, row, seconds
-from oneblock.data.rows import Rows, in_order
+from oneblock.data.rows import in_order
 from oneblock.train.loop import train
 from oneblock.train.losses import evaluate, next_token
 from oneblock.train.machine import precision
@@ -52,7 +52,7 @@ def run_ours(job: Job, options: Train) -> tuple[float, float]:
     state = fresh(job, options)
     loop = options.loop
 
-    rows = Rows(job.train, job.context, loop.batch, loop.seed)
+    rows = job.rows(loop)
     took = seconds(lambda: train(state, rows.batch, next_token, loop, options.optimizer, options.schedule))
     assert job.val is not None
     return took, evaluate(state.model, in_order(job.val, CONTEXT, 64), precision(loop))
@@ -124,7 +124,7 @@ def peer_train(model: Peer, ids: np.ndarray) -> None:
 @torch.no_grad()
 def run_peer(job: Job) -> tuple[float, float]:
     torch.manual_seed(1337)
-    model, ids = Peer(job.tokenizer.vocab_size), job.train.astype(np.int64)
+    model, ids = Peer(job.tokenizer.vocab_size), job.texts[0].take(np.array([0]), job.tokens)[0]
     with torch.enable_grad():
         took = seconds(lambda: peer_train(model, ids))
     assert job.val is not None

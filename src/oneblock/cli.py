@@ -24,6 +24,7 @@ COMMANDS = {
     "models": Command("the lineage, with exact parameter counts", "oneblock.lineage.commands:models"),
     "compare": Command("parameters, KV cache, FLOPs and memory, side by side", "oneblock.lineage.commands:compare"),
     "diff": Command("what changed from one architecture to another, in words", "oneblock.lineage.commands:diff"),
+    "data": Command("prepare text as token shards, check them, look at them", "oneblock.data.commands:data"),
     "train": Command("train a model on your own text", "oneblock.train.commands:train"),
     "runs": Command("list training runs, or plot several together", "oneblock.train.compare:runs"),
     "generate": Command("complete a prompt", "oneblock.infer.commands:generate"),

@@ -45,11 +45,6 @@ def check(samples: int, epochs: int) -> None:
 
 
 def test_the_order_is_the_same_with_any_ranks_and_workers() -> None:
-    check(3_000, 3)
-
-
-@pytest.mark.slow
-def test_the_order_of_100_000_samples() -> None:
     check(100_080, 3)
 
 

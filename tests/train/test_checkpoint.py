@@ -24,8 +24,9 @@ from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
+from oneblock.store import manifest
 from oneblock.text.train import byte_level
-from oneblock.train import checkpoint, manifest
+from oneblock.train import checkpoint
 from oneblock.train.checkpoint import Saver, newest, restore, saved
 from oneblock.train.loop import State, start, train
 from oneblock.train.losses import next_token
@@ -244,7 +245,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     killed(["train", "--resume", str(parts)], 0.1 * draw.random(), parts / "metrics.jsonl")
     assert main(["train", "--resume", str(parts)]) == 0
     assert series(parts) == series(whole)
-    sums = [manifest.read(run / "latest")["model.safetensors"] for run in (whole, parts)]
+    sums = [manifest.read(run / "latest")["files"]["model.safetensors"] for run in (whole, parts)]
     assert sums[0] == sums[1]
 
 

@@ -157,9 +157,8 @@ class Poison:
 
 def first_bad(session: Session, token: int) -> int:
     """The first step after the second whose batch has the character in it."""
-    from oneblock.data import Rows
 
-    data = Rows(session.job.train, session.job.context, session.options.loop.batch, session.options.loop.seed)
+    data = session.job.rows(session.options.loop)
     return next(n + 1 for n in range(2, 30) if bool((data.batch(n).ids == token).any()))
 
 

@@ -2,5 +2,6 @@
 
 from oneblock.data.rows import Batch, Rows
 from oneblock.data.text import encode, pieces, read_texts
+from oneblock.data.tokens import Tokens
 
-__all__ = ["Batch", "Rows", "encode", "pieces", "read_texts"]
+__all__ = ["Batch", "Rows", "Tokens", "encode", "pieces", "read_texts"]

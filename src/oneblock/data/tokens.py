@@ -60,5 +60,12 @@ class Tokens:
         return first, places - np.maximum(begins, starts[:, None])  # a row that starts inside a document counts from 0
 
 
+def joined(texts: Sequence[Tokens]) -> Tokens:
+    """One after the other."""
+    starts = np.cumsum([0, *map(len, texts)])
+    ends = [text.ends + start for text, start in zip(texts, starts, strict=False) if text.ends is not None]
+    return Tokens([part for text in texts for part in text.parts], np.concatenate(ends) if ends else None)
+
+
 def as_tokens(ids: Tokens | Ids) -> Tokens:
     return ids if isinstance(ids, Tokens) else Tokens([ids])

@@ -71,7 +71,7 @@ class Tokenizer:
         """tokenizer.json, tokenizer_config.json and the chat template, as Hugging Face folders have them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._json(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.definition(), encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
         config.pop("chat_template", None)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -82,7 +82,8 @@ class Tokenizer:
             (folder / files.TOOL_TEMPLATE).parent.mkdir(exist_ok=True)
             (folder / files.TOOL_TEMPLATE).write_text(self.tool_template, encoding="utf-8", newline="")
 
-    def _json(self) -> str:
+    def definition(self) -> str:
+        """tokenizer.json, as it is saved."""
         with self._lock:
             text = self.backend.to_str(pretty=True)
         if not self._markup:

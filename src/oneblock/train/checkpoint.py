@@ -29,13 +29,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from oneblock.errors import OneblockError
-from oneblock.store import load_model
+from oneblock.store import load_model, manifest
 from oneblock.store.folder import exchange, flush, flush_folder
+from oneblock.store.manifest import verify
 from oneblock.store.save import model_files, write_config_files, write_file
 from oneblock.text import Tokenizer
-from oneblock.train import manifest
 from oneblock.train.loop import State
-from oneblock.train.manifest import verify
 
 PROGRESS, LATEST = "training.json", "latest"
 

@@ -138,10 +138,10 @@ def summary(job: Job, options: Train, found: Estimate | None = None) -> str:
     found = found or estimate(job, options)
     total, rows = round(found.run.tokens), loop.batch * loop.accumulate
     length = f"{loop.steps:,} steps of" if loop.seconds is None else f"{loop.seconds:,.0f} seconds of steps of"
-    of = f" = {total:,} tokens, {total / len(job.train):.1f} epochs" if loop.seconds is None else ""
+    of = f" = {total:,} tokens, {total / job.tokens:.1f} epochs" if loop.seconds is None else ""
     held = f"{len(job.val):,} to validate on" if job.val is not None else "none to validate on"
     return (
         f"model   {options.model}, {params.total(spec):,} parameters, {spec.n_layers} layers of {spec.dim}\n"
-        f"text    {len(job.train):,} tokens to learn from, {held}, vocabulary {job.tokenizer.vocab_size:,}\n"
+        f"text    {job.tokens:,} tokens to learn from, {held}, vocabulary {job.tokenizer.vocab_size:,}\n"
         f"run     {length} {rows} x {job.context} tokens{of}\n{found.lines(loop)}"
     )

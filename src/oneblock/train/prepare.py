@@ -6,23 +6,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
 
 from oneblock.config import nearest
-from oneblock.data import encode, read_texts
+from oneblock.data import Rows, Tokens, encode, read_texts
+from oneblock.data.shards import is_shards, open_all, read_shards
+from oneblock.data.tokens import joined
 from oneblock.errors import OneblockError
 from oneblock.model import Dropout
 from oneblock.spec import Spec, spec
-from oneblock.store import read_config
+from oneblock.store import manifest, read_config
 from oneblock.text import Tokenizer
 from oneblock.text.train import byte_level, characters, train_bpe
-from oneblock.train.options import Dropouts, Train
+from oneblock.train.options import Dropouts, Loop, Train
 
 LONGEST = 1024  # tokens in a row where nothing else is asked for
-
-Ids = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -32,33 +31,92 @@ class Job:
     spec: Spec
     tokenizer: Tokenizer
     context: int  # tokens in a row
-    train: Ids
-    val: Ids | None
+    texts: tuple[Tokens, ...]  # to learn from
+    val: Tokens | None
+    fingerprint: str  # tells whether a resumed run reads the same text
+    weights: tuple[float, ...] = ()  # of the texts
+    documents: bool = False  # whether attention stays inside each document
 
     @property
-    def fingerprint(self) -> str:
-        """Tells whether a resumed run reads the same text."""
-        return f"{len(self.train)}-{zlib.crc32(self.train.tobytes()):08x}"
+    def tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+    def rows(self, loop: Loop) -> Rows:
+        return Rows(self.texts, self.context, loop.batch, loop.seed, self.weights, self.documents)
 
 
 def prepare(options: Train, tokenizer: Tokenizer | None = None) -> Job:
     """Read, tokenise and split the text, and size the model to it. `tokenizer`: a resumed run's own."""
     check(options)
-    texts, held_out = read_texts(options.data), read_texts(options.val) if options.val else None
-    tokenizer = tokenizer or tokenizer_for(options, [*texts, *(held_out or [])])
-    spec, context = spec_for(options, tokenizer.vocab_size)
-    ids = encode(texts, tokenizer)
-    if held_out is not None:
-        train, val = ids, encode(held_out, tokenizer)
-    else:
-        cut = int(len(ids) * (1 - options.val_share))
-        train, val = ids[:cut], ids[cut:] if cut < len(ids) else None
-    if val is not None and len(val) < context + 1:
+    shards = [path for path in options.data if is_shards(path)]
+    if shards and len(shards) < len(options.data):
+        other = next(path for path in options.data if path not in shards)
+        raise OneblockError(f"{shards[0]} is prepared data and {other} is not: prepare it too (oneblock data prepare)")
+    if options.weights and not shards:
+        raise OneblockError("--weights are for folders of prepared data (oneblock data prepare)")
+    found = from_shards(options) if shards else from_text(options, tokenizer)
+    spec, context = spec_for(options, found.tokenizer.vocab_size)
+    if found.val is not None and len(found.val) < context + 1:
         raise OneblockError(
-            f"the validation text has {len(val):,} tokens, fewer than one row of {context:,} and its next token: "
+            f"the validation text has {len(found.val):,} tokens, fewer than one row of {context:,} and its next token: "
             f"give --val FILES, a larger --val-share, more text or a smaller --context"
         )
-    return Job(spec, tokenizer, context, train, val)
+    mixed = (options.weights, options.documents)
+    job = Job(spec, found.tokenizer, context, found.texts, found.val, found.fingerprint, *mixed)
+    job.rows(options.loop)  # what cannot be dealt is told before anything begins
+    return job
+
+
+@dataclass(frozen=True)
+class Found:
+    """Ids to learn from and to validate on, and their tokenizer."""
+
+    tokenizer: Tokenizer
+    texts: tuple[Tokens, ...]
+    val: Tokens | None
+    fingerprint: str
+
+
+def from_text(options: Train, tokenizer: Tokenizer | None) -> Found:
+    """Text files, each a document; the end of them all is for validation, unless there are others for it."""
+    texts, held_out = read_texts(options.data), read_texts(options.val) if options.val else None
+    tokenizer = tokenizer or tokenizer_for(options, [*texts, *(held_out or [])])
+    whole = in_one(texts, tokenizer)
+    train, val = split(whole, options.val_share) if held_out is None else (whole, in_one(held_out, tokenizer))
+    ids = train.take(np.array([0]), len(train))[0].astype(whole.parts[0].dtype)
+    return Found(tokenizer, (train,), val, f"{len(ids)}-{zlib.crc32(ids.tobytes()):08x}")
+
+
+def in_one(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    ids = [encode([text], tokenizer) for text in texts]
+    return Tokens([np.concatenate(ids)], np.cumsum([len(x) for x in ids]))
+
+
+def split(text: Tokens, share: float) -> tuple[Tokens, Tokens | None]:
+    cut = int(len(text) * (1 - share))
+    return text.slice(0, cut), text.slice(cut, len(text)) if cut < len(text) else None
+
+
+def from_shards(options: Train) -> Found:
+    """Prepared folders; what they keep for validation is validated on, or the end of the first."""
+    folders, tokenizer = open_all(options.data)
+    if options.tokenizer != Train.tokenizer:
+        given = tokenizer_for(options, [])
+        if given.definition() != tokenizer.definition():
+            raise OneblockError(
+                f"{options.data[0]} was made by another tokenizer ({tokenizer.vocab_size:,} tokens) than --tokenizer "
+                f"{options.tokenizer} ({given.vocab_size:,}): leave the flag out, or prepare the data with it"
+            )
+    kept = options.val or tuple(path / "val" for path in options.data if is_shards(path / "val"))
+    texts = [found.open() for found in folders]
+    val = None
+    if kept:
+        open_all([*options.data, *kept])  # one tokenizer for all
+        val = joined([read_shards(path).open() for path in kept])
+    else:
+        texts[0], val = split(texts[0], options.val_share)
+    marks = "-".join(str(manifest.sum_of(found.folder / manifest.MANIFEST)["sha256"])[:8] for found in folders)
+    return Found(tokenizer, tuple(texts), val, f"{sum(map(len, texts))}-{marks}")
 
 
 def check(options: Train) -> None:

@@ -80,7 +80,7 @@ def trained(session: Session) -> Iterator[tuple[str, str]]:
     yield "Model", f"{options.model}: {spec.n_layers} layers of {spec.dim}, {params.total(spec):,} parameters"
     yield "Rows", f"{options.loop.batch * options.loop.accumulate} of {job.context:,} tokens in a step"
     yield "Data", ", ".join(f"`{path}`" for path in options.data) or "none"
-    yield "To learn from", f"{len(job.train):,} tokens, vocabulary {job.tokenizer.vocab_size:,}"
+    yield "To learn from", f"{job.tokens:,} tokens, vocabulary {job.tokenizer.vocab_size:,}"
     if job.val is not None:
         yield "To validate on", f"{len(job.val):,} tokens"
     yield "Machine", machine(options)
@@ -89,7 +89,7 @@ def trained(session: Session) -> Iterator[tuple[str, str]]:
 
 def took(session: Session, found: Results) -> Iterator[tuple[str, str]]:
     plan = session.plan
-    yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / len(session.job.train):.2f} epochs)"
+    yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / session.job.tokens:.2f} epochs)"
     yield "Time", f"{clock(found.seconds)}; expected {lasting(plan.run.seconds)} for the whole run"
     if found.speed is not None:
         yield "Throughput", f"{found.speed:,.0f} tokens per second (median)"

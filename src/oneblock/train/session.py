@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oneblock.data.rows import Batch, Rows, in_order
+from oneblock.data.loader import Loader
+from oneblock.data.rows import Batch, in_order
+from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
@@ -28,7 +30,7 @@ from oneblock.train.losses import evaluate
 from oneblock.train.machine import peak_memory, precision, use_device
 from oneblock.train.nonfinite import MOST, Guard, told
 from oneblock.train.options import Train
-from oneblock.train.prepare import Ids, Job, dropout_of
+from oneblock.train.prepare import Job, dropout_of
 from oneblock.train.run import Log
 from oneblock.train.show import Reading, Show
 from oneblock.train.sinks import sinks
@@ -118,15 +120,14 @@ class Session:
         `also` is called after every step, before this session's own looks.
         """
         self.also = also
-        options, rows = (
-            self.options,
-            Rows(self.job.train, self.job.context, self.options.loop.batch, self.options.loop.seed),
-        )
+        options, world = self.options, self.world
+        pin, workers = options.loop.device.startswith("cuda"), options.loop.workers
+        batches = Loader(self.job.rows(options.loop), world.data_rank, world.data_ranks, workers, pin)
         dropout = dropout_of(options.dropouts)
         learner = learner_for(self.state.model, options.loop, options.objective, dropout, self.world)
-        with self.show, self.closing(), stopping(self.state):
+        with self.show, self.closing(), batches, stopping(self.state):
             how = (options.loop, options.optimizer, options.schedule)
-            train(self.state, rows.batch, learner, *how, self.observe, self.world)
+            train(self.state, batches, learner, *how, self.observe, self.world)
             self.inspect()
             finished = done(self.state, options.loop) >= 1
             if self.saved != self.state.step:
@@ -241,10 +242,10 @@ class Session:
         self.add({**row, "tokens": state.tokens, "seconds": state.seconds})
         self.show.note(f"step {state.step:>6,}  validation loss {self.val:.4f}{more}", "bold")
 
-    def held_out(self, ids: Ids) -> float:
+    def held_out(self, ids: Tokens) -> float:
         """The loss on the validation text, or on its first batches."""
         options = self.options
-        batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch)
+        batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch, self.job.documents)
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
         return evaluate(self.state.model, batches, precision(options.loop))
@@ -252,7 +253,7 @@ class Session:
     def sample(self, prompt: str, tokens: int) -> str:
         """What the model writes now, the prompt included."""
         llm = LLM(self.state.model, self.job.tokenizer)
-        ids = self.job.tokenizer.encode(prompt) or [int(self.job.train[0])]
+        ids = self.job.tokenizer.encode(prompt) or self.job.texts[0].run(0, 1).tolist()
         room = max(1, min(tokens, self.job.spec.context - len(ids)))
         reply = llm.generate(ids, max_tokens=room, temperature=0.8, seed=self.options.loop.seed)
         return prompt + (reply.text or "")

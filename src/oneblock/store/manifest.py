@@ -7,6 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from oneblock.errors import OneblockError
 
@@ -28,38 +29,40 @@ def sum_of(path: Path) -> dict[str, int | str]:
         return {"bytes": file.tell(), "sha256": found}
 
 
-def text_of(files: Sums) -> str:
+def text_of(files: Sums, about: dict[str, Any]) -> str:
     """The manifest's text, whose last entry is the sha256 of what it would be without: any changed byte shows."""
-    body = {"format": FORMAT, "files": dict(sorted(files.items()))}
+    body = {"format": FORMAT, **about, "files": dict(sorted(files.items()))}
     return json.dumps({**body, "sha256": hashlib.sha256(_dump(body)).hexdigest()}, indent=1) + "\n"
 
 
-def _dump(body: dict[str, object]) -> bytes:
+def _dump(body: dict[str, Any]) -> bytes:
     return json.dumps(body, indent=1).encode()
 
 
-def write(folder: Path, files: Sums) -> None:
-    (folder / MANIFEST).write_text(text_of(files), encoding="utf-8")
+def write(folder: Path, files: Sums, **about: Any) -> None:
+    """`about`: what else it says of the folder."""
+    (folder / MANIFEST).write_text(text_of(files, about), encoding="utf-8")
 
 
-def read(folder: Path) -> Sums:
-    """OneblockError where it is missing or was changed."""
+def read(folder: Path) -> dict[str, Any]:
+    """All it says; `files` has the sums. OneblockError where it is missing or was changed."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes().decode("utf-8")
-        files = json.loads(text)["files"]
-        if text_of(files) != text:
+        body = json.loads(text)
+        about = {key: value for key, value in body.items() if key not in ("format", "files", "sha256")}
+        if text_of(body["files"], about) != text:
             raise ValueError("its own checksum does not fit")
     except FileNotFoundError:
-        raise OneblockError(f"{path} is missing: the checkpoint was not finished") from None
+        raise OneblockError(f"{path} is missing: the folder was not finished") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise OneblockError(f"{path} is damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
-    return files
+    return body
 
 
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. OneblockError names the first that differs, and how."""
-    files = read(folder)
+    files: Sums = read(folder)["files"]
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
