@@ -15,6 +15,7 @@ from oneblock.spec import spec
 from oneblock.text.train import byte_level
 from oneblock.train import gate
 from oneblock.train.gate import check, estimate, largest, named, need, peak_of, verdict
+from oneblock.train.mesh import Mesh
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
 from oneblock.train.prepare import Job, prepare
 from oneblock.train.world import World
@@ -88,7 +89,7 @@ def test_gpus_by_their_names(name: str, found: str | None) -> None:
 
 def test_a_known_gpu_has_a_price(options: Train, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "gpu_of", lambda device: named("NVIDIA H100"))
-    found = estimate(job, options, World(size=4, data_ranks=4))
+    found = estimate(job, options, World(mesh=Mesh(dp=4)))
     assert found.run.dollars == pytest.approx(found.run.seconds / 3600 * 4 * 2.5)
     assert "4 x H100 at $2.50 an hour" in found.lines(options.loop)
 
@@ -125,7 +126,7 @@ def test_too_little_memory_is_refused_with_what_fits(options: Train, job: Job) -
 
 
 def test_ranks_share_the_rows(options: Train, job: Job) -> None:
-    four = World(size=4, data_ranks=4)
+    four = World(mesh=Mesh(dp=4))
     alone, shared = estimate(job, options), estimate(job, options, four)
     assert shared.memory == need(job, options, 3, "none", World())
     assert shared.run.seconds == pytest.approx(alone.run.seconds / 4)
@@ -153,7 +154,7 @@ def test_numbers_that_disagree(options: Train, job: Job) -> None:
     with pytest.raises(OneblockError, match="--context is 32, but llama has a table of 24 positions"):
         check(replace(job, spec=table), options, found)
     with pytest.raises(OneblockError, match="--batch 12 does not divide by 5 ranks: give a multiple, such as 15"):
-        check(job, options, found, World(size=5, data_ranks=5))
+        check(job, options, found, World(mesh=Mesh(dp=5)))
     check(job, options, found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_ragged_batches_weigh_by_tokens() -> None:
         kept: dict[str, Tensor] = {}
 
         def keep(good: Tensor, model: Decoder = model, kept: dict[str, Tensor] = kept) -> None:
-            kept.update({name: p.grad.clone() for name, p in model.named_parameters()})
+            kept.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
         state.optimizer.step = keep
         engine.update(state)
@@ -162,11 +163,11 @@ def test_even_routing_costs_one_and_lopsided_more() -> None:
         model(data.ids)
         _, seen = routing.losses()
         found.append(seen["balance"].item())
-        moe = model.blocks[0].mlp.spec
+        moe: Any = model.blocks[0].mlp.spec
         assert seen["load"].shape == (2, moe.n_experts)
         torch.testing.assert_close(seen["load"].sum(-1), torch.ones(2))
         assert routing.counts is not None
-        assert routing.counts.sum() == 2 * moe.top_k * data.ids.numel()
+        assert float(routing.counts.sum()) / data.ids.numel() == 2 * moe.top_k
     assert found[0] == pytest.approx(1.0, abs=0.01)
     assert found[1] > 1.2
 
@@ -212,7 +213,7 @@ def test_a_bias_steers_without_a_gradient() -> None:
     made = engine.update(state)
     assert made is not None
     first = last = made.seen["load"]
-    moved = model.blocks[0].mlp.router.bias - before
+    moved = model.blocks[0].mlp.router.bias.detach() - before
     most, least = first[0].argmax(), first[0].argmin()
     assert float(moved[most]) == pytest.approx(-0.01, abs=1e-6)
     assert float(moved[least]) == pytest.approx(0.01, abs=1e-6)

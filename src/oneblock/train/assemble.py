@@ -13,9 +13,10 @@ from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout
 from oneblock.model.mlp import Moe
 from oneblock.plan import flops
+from oneblock.spec import Spec
 from oneblock.train.loop import Learner
 from oneblock.train.losses import Loss, pretraining
-from oneblock.train.machine import peak_flops, product_dtype
+from oneblock.train.machine import peak_flops, product_dtype, use_device
 from oneblock.train.options import Loop, Objective
 from oneblock.train.recompute import recompute
 from oneblock.train.routing import Routing
@@ -41,21 +42,21 @@ def learner_for(model: Decoder, loop: Loop, objective: Objective, dropout: Dropo
     return Learner(model, loss, routing.steer if routing else None)
 
 
-def compiles(model: Decoder, loop: Loop, context: int) -> bool:
+def compiles(spec: Spec, loop: Loop, context: int) -> bool:
     """Whether blocks are compiled where nobody said: on GPUs always, on CPUs in long runs.
 
     The answer is to be recorded: compiled sums round differently, and a resumed run must go on as it began.
     """
     if loop.compile is not None:
         return loop.compile
-    device = torch.device(loop.device)
+    device = use_device(loop.device)
     if device.type == "cuda":
         return True
     if device.type != "cpu" or not compiler():
         return False
     if loop.seconds is not None:
         return loop.seconds > 2 * PAYS
-    work = flops.train(model.spec, context) * loop.steps * loop.batch * loop.accumulate * context
+    work = flops.train(spec, context) * loop.steps * loop.batch * loop.accumulate * context
     return work / peak_flops(device, product_dtype(loop)) > PAYS
 
 

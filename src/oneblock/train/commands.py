@@ -13,6 +13,7 @@ from oneblock.train.options import Train
 if TYPE_CHECKING:
     from oneblock.train.gate import Estimate
     from oneblock.train.prepare import Job
+    from oneblock.train.world import World
 
 # What a resumed run may be told anew: how long to go on and what to look at, not what is learned from what.
 FREE = ("steps", "seconds", "device", "nonfinite", "gate", *(f for f in Train().watch.__dataclass_fields__))
@@ -22,74 +23,124 @@ SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
 
 
 def train(options: Train) -> None:
-    """Train a model on text files, or go on with a run."""
-    if options.resume is not None:
-        resume(options)
-        return
-    from oneblock.train.gate import check, estimate, verdict
+    """Train a model on text, alone or with the ranks that torchrun has started, or go on with a run."""
+    from oneblock.train.machine import reuse_memory
+    from oneblock.train.world import together
+
+    loop = (options if options.resume is None else resumed(options)).loop
+    if not loop.device.startswith("cuda"):
+        reuse_memory()
+    with together(loop.mesh, loop.device) as world:
+        (begin if options.resume is None else resume)(options, world)
+
+
+def begin(options: Train, world: World) -> None:
+    """A new run: everything that can be wrong is told before it has a folder."""
+    from oneblock.train.assemble import compiles
+    from oneblock.train.gate import estimate, verdict
     from oneblock.train.prepare import prepare
     from oneblock.train.run import new_folder, record
     from oneblock.train.session import fresh
 
     job = prepare(options)
-    found = estimate(job, options)
-    print(summary(job, options, found))
+    options = with_changes(options, {"compile": compiles(job.spec, options.loop, job.context)})
+    found = estimate(job, options, world)
+    if world.first:
+        print(summary(job, options, found))
     if options.dry_run:
-        print(f"gate    {verdict(job, options, found) or 'it fits'}")
+        if world.first:
+            print(f"gate    {verdict(job, options, found, world) or 'it fits'}")
         return
-    check(job, options, found)
-    state = fresh(job, options)
-    run = new_folder(options.out)
-    record(run, options)
-    follow(job, options, run, state, found)
+    refuse(job, options, found, world)
+    if options.out is None and world.size > 1:
+        raise OneblockError(f"{world.size} ranks need one folder: give --out FOLDER")
+    state, run = fresh(job, options, world), options.out
+    if world.first:
+        run = new_folder(options.out)
+        record(run, options)
+    world.wait()
+    assert run is not None
+    follow(job, options, run, state, found, world)
 
 
-def resume(options: Train) -> None:
-    """Go on from the newest checkpoint as if nothing had happened."""
+def resume(options: Train, world: World) -> None:
+    """Go on from the newest whole checkpoint as if nothing had happened."""
     from oneblock.text import Tokenizer
     from oneblock.train import checkpoint
-    from oneblock.train.gate import check, estimate
+    from oneblock.train.gate import estimate
     from oneblock.train.prepare import prepare
-    from oneblock.train.run import record, recorded
+    from oneblock.train.run import record
     from oneblock.train.session import fresh
 
     run = options.resume
     assert run is not None
-    folder = checkpoint.newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
-    options = merged(recorded(run), options)
+
+    def warn(line: str) -> None:
+        if world.first:
+            print(f"warning: {line}", file=sys.stderr)
+
+    folder = checkpoint.newest(run, warn)
+    options = resumed(options, told=world.first)
     job = prepare(options, Tokenizer.load(folder))
-    found = estimate(job, options)
-    check(job, options, found)
-    state = fresh(job, options)
+    found = estimate(job, options, world)
+    refuse(job, options, found, world)
+    state = fresh(job, options, world)
     at = checkpoint.restore(folder, state)
     if at.data != job.fingerprint and not options.allow_changes:
         raise OneblockError(f"the text has changed since {run} began: put it back, or start a new run from {folder}")
-    print(f"resuming {run} at step {at.step:,}")
-    record(run, options)
-    follow(job, options, run, state, found)
+    if world.first:
+        print(f"resuming {run} at step {at.step:,}")
+        record(run, options)
+    follow(job, options, run, state, found, world)
 
 
-def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate) -> None:
+def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
+    """What cannot be shared among the ranks, or does not fit the machine."""
+    from oneblock.train import gate, parallel
+
+    parallel.check(job.spec, job.context, options, world.mesh)
+    gate.check(job, options, found, world)
+
+
+def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate, world: World) -> None:
     """Run the session and say how it ended."""
+    from rich.console import Console
+
     from oneblock.train.session import Session
     from oneblock.train.show import Show
 
-    session = Session(job, options, run, state, Show(options.loop), found)
-    if not session.go():
-        print(f"stopped at step {state.step:,} and saved; go on with: oneblock train --resume {run}", file=sys.stderr)
+    show = Show(options.loop, None if world.first else Console(quiet=True))
+    session = Session(job, options, run, state, show, found, world)
+    finished = session.go()
+    if not finished:
+        if world.first:
+            print(
+                f"stopped at step {state.step:,} and saved; go on with: oneblock train --resume {run}", file=sys.stderr
+            )
         raise SystemExit(130)
-    print(f"the report:    {run}/report.md\nwrite with it: oneblock generate {run}/latest --prompt '...'")
+    if world.first:
+        print(f"the report:    {run}/report.md\nwrite with it: oneblock generate {run}/latest --prompt '...'")
 
 
 # ------------------------------------------------------------------ options
 
 
-def merged(recorded: Train, given: Train) -> Train:
+def resumed(options: Train, told: bool = False) -> Train:
+    """The settings that a run was recorded with, and those given anew."""
+    from oneblock.train.run import recorded
+
+    assert options.resume is not None
+    if not options.resume.is_dir():
+        raise OneblockError(f"{options.resume}: no such run; --resume takes the folder of one")
+    return merged(recorded(options.resume), options, told)
+
+
+def merged(recorded: Train, given: Train, told: bool = True) -> Train:
     """The recorded settings with those given anew. What a run began with changes only if that is allowed."""
     was, now, usual = flat(recorded), flat(given), flat(Train())
     changes = {key: now[key] for key in now if now[key] != usual[key] and now[key] != was[key]}
     changed = [key for key in changes if key not in (*FREE, "resume", "config", "allow_changes")]
-    for key in changed:
+    for key in changed if told else ():
         print(f"changed: --{key.replace('_', '-')} was {shown(was[key])}, is now {shown(now[key])}")
     if changed and not given.allow_changes:
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in changed)
@@ -143,5 +194,5 @@ def summary(job: Job, options: Train, found: Estimate | None = None) -> str:
     return (
         f"model   {options.model}, {params.total(spec):,} parameters, {spec.n_layers} layers of {spec.dim}\n"
         f"text    {job.tokens:,} tokens to learn from, {held}, vocabulary {job.tokenizer.vocab_size:,}\n"
-        f"run     {length} {rows} x {job.context} tokens{of}\n{found.lines(loop)}"
+        f"run     {length} {rows} x {job.context} tokens{of}{', compiled' if loop.compile else ''}\n{found.lines(loop)}"
     )

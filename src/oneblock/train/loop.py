@@ -148,6 +148,7 @@ class Engine:
             weight = (part.count / count).float()
             self.backward(part.to(device), weight, seen, last=part is parts[-1])
         seen = {key: self.world.total(value) for key, value in seen.items()}
+        self.world.exchange(state.model)
         norm = self.world.clip(state.model.parameters(), self.optimizer.clip or float("inf"))
         good = torch.isfinite(norm) & torch.isfinite(seen["loss"])
         state.optimizer.step(good)

@@ -39,7 +39,7 @@ def pretraining(
     return loss + extra, {"loss": entropy, **seen}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: Decoder, batches: Iterable[Batch], precision: AbstractContextManager[object], loss: Loss = next_token
 ) -> float:

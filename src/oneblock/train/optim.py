@@ -96,16 +96,14 @@ def muon(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
 
 
 def decay_groups(model: Decoder, named: Iterable[tuple[str, nn.Parameter]], options: Optimizer) -> list[Group]:
-    """Two groups, decayed and not; an empty one is left out."""
+    """Decayed ones and others; shards of whole tensors are apart from both, since one kernel takes either."""
     decayed = set(decayed_names(model))
-    groups: list[list[nn.Parameter]] = [[], []]
+    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
     for name, p in named:
-        groups[options.decay_all or name in decayed].append(p)
-    return [
-        {"params": groups[decays], "weight_decay": options.weight_decay * decays}
-        for decays in (True, False)
-        if groups[decays]
-    ]
+        key = (options.decay_all or name in decayed, getattr(p, "device_mesh", None))
+        groups.setdefault(key, []).append(p)
+    order = sorted(groups.items(), key=lambda item: not item[0][0])
+    return [{"params": found, "weight_decay": options.weight_decay * decays} for (decays, _), found in order]
 
 
 def decayed_names(model: nn.Module) -> Iterator[str]:

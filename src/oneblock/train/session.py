@@ -22,7 +22,7 @@ from oneblock.model import Decoder, init_weights
 from oneblock.plan import flops, params
 from oneblock.store import replacing
 from oneblock.store.save import write_model
-from oneblock.train import checkpoint, report
+from oneblock.train import checkpoint, parallel, report
 from oneblock.train.assemble import learner_for
 from oneblock.train.gate import Estimate, estimate
 from oneblock.train.loop import Metrics, Observe, State, done, start, train
@@ -37,11 +37,13 @@ from oneblock.train.sinks import sinks
 from oneblock.train.world import World
 
 
-def fresh(job: Job, options: Train) -> State:
-    """Step 0."""
+def fresh(job: Job, options: Train, world: World | None = None) -> State:
+    """Step 0, on every rank its part."""
     model = Decoder(job.spec)
     init_weights(model, options.loop.seed)
-    return start(model.to(use_device(options.loop.device)), options.optimizer)
+    model = model.to(use_device(options.loop.device))
+    parallel.apply(model, world or World())
+    return start(model, options.optimizer)
 
 
 @contextmanager
@@ -124,10 +126,10 @@ class Session:
         pin, workers = options.loop.device.startswith("cuda"), options.loop.workers
         batches = Loader(self.job.rows(options.loop), world.data_rank, world.data_ranks, workers, pin)
         dropout = dropout_of(options.dropouts)
-        learner = learner_for(self.state.model, options.loop, options.objective, dropout, self.world)
+        learner = learner_for(self.state.model, options.loop, options.objective, dropout, world)
         with self.show, self.closing(), batches, stopping(self.state):
             how = (options.loop, options.optimizer, options.schedule)
-            train(self.state, batches, learner, *how, self.observe, self.world)
+            train(self.state, batches, parallel.wrap(learner, world), *how, self.observe, self.world)
             self.inspect()
             finished = done(self.state, options.loop) >= 1
             if self.saved != self.state.step:
@@ -248,14 +250,19 @@ class Session:
         batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch, self.job.documents)
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
-        return evaluate(self.state.model, batches, precision(options.loop))
+        found = evaluate(self.state.model, batches, precision(options.loop))
+        parallel.settle(self.state.model)
+        return found
 
     def sample(self, prompt: str, tokens: int) -> str:
-        """What the model writes now, the prompt included."""
+        """What the model writes now, the prompt included; nothing where its weights are spread over ranks."""
+        if not self.world.first or not self.world.whole:
+            return ""
         llm = LLM(self.state.model, self.job.tokenizer)
         ids = self.job.tokenizer.encode(prompt) or self.job.texts[0].run(0, 1).tolist()
         room = max(1, min(tokens, self.job.spec.context - len(ids)))
-        reply = llm.generate(ids, max_tokens=room, temperature=0.8, seed=self.options.loop.seed)
+        with torch.compiler.set_stance("force_eager"):  # a cache's shapes would be compiled one by one
+            reply = llm.generate(ids, max_tokens=room, temperature=0.8, seed=self.options.loop.seed)
         return prompt + (reply.text or "")
 
     # ------------------------------------------------------------------ keeping
@@ -267,7 +274,7 @@ class Session:
     def finish(self, finished: bool) -> None:
         """What a run leaves beside its checkpoints: pictures, a report, and the averaged model where there is one."""
         state, watch = self.state, self.options.watch
-        if finished and state.ema is not None:
+        if finished and state.ema is not None and self.world.first and self.world.whole:
             with averaged(state), replacing(self.run / "ema") as new:
                 write_model(new, state.model)
                 self.job.tokenizer.save(new)
