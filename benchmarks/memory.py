@@ -65,7 +65,7 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
     from oneblock.train.loop import Engine, start
     from oneblock.train.world import World
 
-    loop = Loop(batch=case.batch, recompute=case.recompute, device=str(device), compile=False)
+    loop = Loop(batch=case.batch, recompute=case.recompute, device=str(device), compile="off")
     before = settled(device)
     model = Decoder(case.spec)
     init_weights(model, 0)

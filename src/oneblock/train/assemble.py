@@ -28,11 +28,11 @@ PAYS = 240.0
 
 
 def learner_for(model: Decoder, loop: Loop, objective: Objective, dropout: Dropout | None, world: World) -> Learner:
-    """The model with its loss, ready to be wrapped by what exchanges gradients. `loop.compile` None counts as no."""
+    """The model with its loss, ready to be wrapped by what exchanges gradients. `loop.compile` auto counts as off."""
     if loop.fp8:
         use_fp8(model)
     recompute(model, loop.recompute)
-    if loop.compile:
+    if loop.compile == "on":
         keep_compiled()
         for block in model.blocks:
             block.compile()
@@ -47,8 +47,8 @@ def compiles(spec: Spec, loop: Loop, context: int) -> bool:
 
     The answer is to be recorded: compiled sums round differently, and a resumed run must go on as it began.
     """
-    if loop.compile is not None:
-        return loop.compile
+    if loop.compile != "auto":
+        return loop.compile == "on"
     device = use_device(loop.device)
     if device.type == "cuda":
         return True

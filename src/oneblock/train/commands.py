@@ -43,7 +43,7 @@ def begin(options: Train, world: World) -> None:
     from oneblock.train.session import fresh
 
     job = prepare(options)
-    options = with_changes(options, {"compile": compiles(job.spec, options.loop, job.context)})
+    options = with_changes(options, {"compile": "on" if compiles(job.spec, options.loop, job.context) else "off"})
     found = estimate(job, options, world)
     if world.first:
         print(summary(job, options, found))
@@ -190,9 +190,10 @@ def summary(job: Job, options: Train, found: Estimate | None = None) -> str:
     total, rows = round(found.run.tokens), loop.batch * loop.accumulate
     length = f"{loop.steps:,} steps of" if loop.seconds is None else f"{loop.seconds:,.0f} seconds of steps of"
     of = f" = {total:,} tokens, {total / job.tokens:.1f} epochs" if loop.seconds is None else ""
+    of += ", compiled" if loop.compile == "on" else ""
     held = f"{len(job.val):,} to validate on" if job.val is not None else "none to validate on"
     return (
         f"model   {options.model}, {params.total(spec):,} parameters, {spec.n_layers} layers of {spec.dim}\n"
         f"text    {job.tokens:,} tokens to learn from, {held}, vocabulary {job.tokenizer.vocab_size:,}\n"
-        f"run     {length} {rows} x {job.context} tokens{of}{', compiled' if loop.compile else ''}\n{found.lines(loop)}"
+        f"run     {length} {rows} x {job.context} tokens{of}\n{found.lines(loop)}"
     )

@@ -20,6 +20,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The weights that training begins with."""
+
+    zero_out: bool = False  # what writes to the stream begins at zero, so that every block passes it on as it is
+    embed_std: float | None = None  # spread of the embedding; without it: as all matrices
+
+
+@dataclass(frozen=True)
 class Dropouts:
     """Probabilities; the four others take `dropout` where they are not given."""
 
@@ -82,7 +90,7 @@ class Loop:
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 where the machine has it
     fp8: bool = False  # products in 8-bit floats, by torchao: GPUs since Hopper
-    compile: bool | None = None  # torch.compile; without the flag: where it pays
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it pays
     recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing: less memory, more time
     nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is no number: weights stay as they are
     workers: int = 0  # processes that prepare batches; 0: none, a batch is made when it is needed
@@ -101,7 +109,7 @@ class Watch:
     prompt: str = "\n"
     save_every: int = 500
     keep: int = 2  # newest checkpoints that stay
-    async_save: bool | None = None  # write checkpoints while training goes on; without the flag: on GPUs
+    async_save: Literal["auto", "on", "off"] = "auto"  # write checkpoints while training goes on; auto: on GPUs
     tensorboard: bool = True  # event files in the run's folder
     track: tuple[Literal["trackio", "wandb"], ...] = ()  # also report to these
 
@@ -120,6 +128,7 @@ class Train:
     model: str = "llama"  # a family or model name (oneblock models), or a config.json
     context: int | None = None  # tokens in a row; without it: the model's, at most 1024
     sizes: Sizes = field(default_factory=Sizes)
+    start: Start = field(default_factory=Start)
     dropouts: Dropouts = field(default_factory=Dropouts)
     loop: Loop = field(default_factory=Loop)
     optimizer: Optimizer = field(default_factory=Optimizer)

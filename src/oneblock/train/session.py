@@ -40,7 +40,7 @@ from oneblock.train.world import World
 def fresh(job: Job, options: Train, world: World | None = None) -> State:
     """Step 0, on every rank its part."""
     model = Decoder(job.spec)
-    init_weights(model, options.loop.seed)
+    init_weights(model, options.loop.seed, options.start.zero_out, options.start.embed_std)
     model = model.to(use_device(options.loop.device))
     parallel.apply(model, world or World())
     return start(model, options.optimizer)
@@ -108,9 +108,8 @@ class Session:
         # Tokens per second if every device did products alone, at its peak
         self.peak = self.plan.peak * self.world.size / flops.train(job.spec, job.context)
         self.saved = state.step if state.step else None  # the step of the newest checkpoint
-        background, watch = options.watch.async_save, options.watch
-        if background is None:
-            background = options.loop.device.startswith("cuda")
+        watch = options.watch
+        background = watch.async_save == "on" or (watch.async_save == "auto" and self.device.type == "cuda")
         self.saver = checkpoint.Saver(run, job.tokenizer, job.fingerprint, watch.keep, background)
         self.also: Observe | None = None
         self.val: float | None = None
