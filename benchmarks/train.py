@@ -150,6 +150,7 @@ def loss_memory() -> Row:
 def main() -> int:
     parser = arguments(__doc__ or "", repeats=5)
     parser.add_argument("--shakespeare", action="store_true", help="run shakespeare.py as well")
+    shakespeare.flags(parser)
     parser.add_argument("--side", choices=SIDES, help="be one side: used by the script itself")
     parser.add_argument("--peak", choices=("ours", "naive"), help="one side's memory: used by the script itself")
     args = parser.parse_args()

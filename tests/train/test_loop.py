@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ import torch
 
 from oneblock.data import Rows
 from oneblock.data.rows import Batch, in_order
+from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.spec import spec
+from oneblock.train.assemble import compiler, compiles, learner_for
 from oneblock.train.loop import Metrics, State, start, train
 from oneblock.train.losses import evaluate, next_token
 from oneblock.train.machine import has_bf16, precision
-from oneblock.train.optim import build, decayed_names, share
-from oneblock.train.options import Loop, Optimizer, Schedule
+from oneblock.train.optim import batches_before, batches_in, build, decayed_names, share
+from oneblock.train.options import Loop, Objective, Optimizer, Schedule
+from oneblock.train.world import World
 
 LOOP = Loop(steps=20, batch=4, dtype="float32")
 TEXT = np.tile(np.arange(13, dtype=np.uint16), 40)
@@ -158,3 +162,117 @@ def test_bf16_learns_as_fp32_does() -> None:
     exact, rough = run(begin()), run(begin(), replace(LOOP, dtype="bfloat16"))
     assert exact != rough
     assert exact == pytest.approx(rough, abs=0.05)
+
+
+def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
+    sizes = [batches_in(step, 8, 5) for step in range(8)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
+    assert sizes[5:] == [8, 8, 8]
+    for step in range(8):
+        assert batches_before(step, 8, 5) == sum(sizes[:step])
+    seen: list[int] = []
+    state, rows = begin(), Rows(TEXT, 12, 2, 0)
+
+    def batch(n: int) -> Batch:
+        seen.append(n)
+        return rows.batch(n)
+
+    loop = replace(LOOP, batch=2, accumulate=4, steps=6)
+    train(state, batch, next_token, loop, Optimizer(), Schedule(ramp=3))
+    assert seen == list(range(len(seen)))
+    assert state.tokens == len(seen) * 2 * 12 == batches_before(6, 4, 3) * 24
+
+
+def test_the_average_follows_the_weights() -> None:
+    model = begin().model
+    options = Optimizer(lr=1e-2, ema=0.5)
+    state = start(model, options)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def observe(state: State, metrics: Metrics) -> None:
+        for name, p in state.model.named_parameters():
+            expected[name] = 0.5 * expected[name] + 0.5 * p.detach()
+
+    train(state, Rows(TEXT, 12, 4, 0).batch, next_token, replace(LOOP, steps=5), options, Schedule(warmup=1), observe)
+    assert state.ema is not None
+    for name, mean in state.ema.items():
+        torch.testing.assert_close(mean, expected[name])
+        assert name == "embed.weight" or not torch.equal(mean, dict(model.named_parameters())[name])
+
+
+def test_a_bad_step_changes_nothing() -> None:
+    options = Optimizer("muon", lr=1e-2, ema=0.5)
+    state = start(begin().model, options)
+    rows, goods = Rows(TEXT, 12, 4, 0), []
+
+    def bad(model: Decoder, batch: Batch) -> torch.Tensor:
+        loss = next_token(model, batch)
+        return loss * float("nan") if state.step == 2 else loss
+
+    kept: list[list[torch.Tensor]] = []
+
+    def observe(state: State, metrics: Metrics) -> None:
+        goods.append(bool(metrics.good))
+        assert state.ema is not None
+        everything = [*state.model.parameters(), *state.ema.values()]
+        everything += [x for p in state.model.parameters() for x in state.optimizer.state_of(p).values()]
+        kept.append([x.detach().clone() for x in everything])
+
+    train(state, rows.batch, bad, replace(LOOP, steps=4), options, Schedule(warmup=1), observe)
+    assert goods == [True, True, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(kept[1], kept[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(kept[2], kept[3], strict=True))
+
+
+def test_muon_takes_the_blocks_matrices_and_learns() -> None:
+    model = begin().model
+    parts = build(model, Optimizer("muon", lr=1e-2, matrix_lr=2e-2)).parts
+    muon, adamw = ([p for group in part.param_groups for p in group["params"]] for part in parts)
+    assert len(muon) == 2 * 7
+    assert {p.dim() for p in muon} == {2}
+    assert {id(p) for p in muon + adamw} == {id(p) for p in model.parameters()}
+    assert [part.param_groups[0]["peak"] for part in parts] == [2e-2, 1e-2]
+    state = start(model, Optimizer("muon", lr=1e-2))
+    losses: list[float] = []
+    train(
+        state,
+        Rows(TEXT, 12, 4, 0).batch,
+        next_token,
+        replace(LOOP, steps=60),
+        Optimizer("muon"),
+        Schedule(warmup=5),
+        lambda state, metrics: losses.append(metrics.loss.item()),
+    )
+    assert losses[-1] < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_blocks_learn_the_same() -> None:
+    losses: dict[str, list[float]] = {}
+    switches: tuple[Literal["off", "on"], ...] = ("off", "on")
+    for switch in switches:
+        state, found = begin(), losses.setdefault(switch, [])
+        loop = replace(LOOP, steps=4, compile=switch)
+        learner = learner_for(state.model, loop, Objective(), None, World())
+
+        def observe(state: State, metrics: Metrics, found: list[float] = found) -> None:
+            found.append(metrics.loss.item())
+
+        train(state, Rows(TEXT, 12, 4, 0).batch, learner, loop, Optimizer(), Schedule(warmup=1), observe)
+    assert losses["on"] == pytest.approx(losses["off"], abs=1e-4)
+
+
+def test_where_compiling_pays() -> None:
+    small = spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, context=64)
+    assert not compiles(small, Loop(steps=10), 64)
+    assert compiles(small, Loop(steps=10**9), 64) == compiler()
+    assert compiles(small, Loop(compile="on"), 64)
+    assert not compiles(small, Loop(steps=10**9, compile="off"), 64)
+
+
+def test_fp8_wants_its_hardware() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine may have it")
+    with pytest.raises(OneblockError, match="--fp8 needs a GPU"):
+        learner_for(begin().model, Loop(fp8=True), Objective(), None, World())

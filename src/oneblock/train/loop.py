@@ -156,7 +156,7 @@ class Engine:
         if (after := self.after()) is not None:
             after(good)
         if state.ema is not None:
-            average(state.ema, state.model, self.optimizer.ema)
+            average(state.ema, state.model, self.optimizer.ema, good)
         tokens = int(count) if device.type == "cpu" else sum(part.count for part in parts) * self.world.data_ranks
         return Made(seen.pop("loss"), norm, good, tokens, numbers, seen)
 

@@ -125,11 +125,11 @@ def matrix_names(model: Decoder) -> Iterator[str]:
 
 
 @torch.no_grad()
-def average(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Move the average a little towards the weights."""
-    found = dict(model.named_parameters())
+def average(ema: dict[str, Tensor], model: nn.Module, decay: float, good: Tensor) -> None:
+    """After a good step, move the average a little towards the weights."""
+    found, weight = dict(model.named_parameters()), good.float() * (1 - decay)
     for name, mean in ema.items():
-        mean.lerp_(found[name].detach(), 1 - decay)
+        mean.lerp_(found[name].detach(), weight)
 
 
 # ------------------------------------------------------------------ the learning rate
