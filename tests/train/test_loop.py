@@ -248,6 +248,7 @@ def test_muon_takes_the_blocks_matrices_and_learns() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_blocks_learn_the_same() -> None:
     losses: dict[str, list[float]] = {}
     switches: tuple[Literal["off", "on"], ...] = ("off", "on")

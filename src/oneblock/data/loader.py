@@ -55,7 +55,7 @@ class Loader:
             sampler=From(n),
             num_workers=self.workers,
             prefetch_factor=AHEAD,
-            collate_fn=as_made,
+            collate_fn=as_made,  # type: ignore[arg-type]
             timeout=PATIENCE,
             worker_init_fn=alone,
         )

@@ -83,8 +83,8 @@ def text_in(row: Any, field: str, where: str) -> str:
 
 def from_parquet(path: Path, how: Reading) -> Iterator[str]:
     try:
-        import pyarrow  # type: ignore[import-not-found]
-        import pyarrow.parquet as parquet  # type: ignore[import-not-found]
+        import pyarrow
+        import pyarrow.parquet as parquet
     except ImportError:
         raise OneblockError(f"{path}: parquet files need pyarrow: pip install 'oneblock[data]'") from None
     try:
