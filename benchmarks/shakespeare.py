@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def rows(args: Namespace) -> list[Row]:
 
 def flags(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of ours whose losses are averaged")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks; the compiler's time is not counted")
+    parser.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile our blocks, untimed")
 
 
 def main() -> int:

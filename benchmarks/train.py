@@ -8,13 +8,14 @@ loss-memory/naive               peak memory of a step with 128,256 words, 2 x 10
 
 Each side is a process of its own that waits for its turn, so that what one does to its memory does not help the other.
 The peer is a faithful model of nanoGPT's block, loss and optimizer (peers.py), with nanoGPT's vocabulary of 50,304.
-`shakespeare-cpu/nanogpt` comes from shakespeare.py and is added to the rows with --shakespeare.
+`shakespeare-cpu/nanogpt` is shakespeare.py's; --no-shakespeare leaves it out.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import BooleanOptionalAction
 from collections.abc import Callable
 
 import torch
@@ -149,7 +150,7 @@ def loss_memory() -> Row:
 
 def main() -> int:
     parser = arguments(__doc__ or "", repeats=5)
-    parser.add_argument("--shakespeare", action="store_true", help="run shakespeare.py as well")
+    parser.add_argument("--shakespeare", action=BooleanOptionalAction, default=True, help="run shakespeare.py as well")
     shakespeare.flags(parser)
     parser.add_argument("--side", choices=SIDES, help="be one side: used by the script itself")
     parser.add_argument("--peak", choices=("ours", "naive"), help="one side's memory: used by the script itself")
@@ -164,6 +165,7 @@ def main() -> int:
         return 0
     rows = [*steps(args.repeats, args.threads), loss_memory()]
     if args.shakespeare:
+        args.repeats = 1  # nanoGPT's side takes more than a minute
         rows += shakespeare.rows(args)
     report(rows, args, "train")
     return 0

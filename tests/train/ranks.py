@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from oneblock.data.loader import Loader
-from oneblock.data.rows import Rows
+from oneblock.data.rows import Rows, in_order
 from oneblock.data.tokens import Tokens
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
@@ -21,9 +21,11 @@ from oneblock.text.train import byte_level
 from oneblock.train.assemble import learner_for
 from oneblock.train.checkpoint import Saver, newest, restore, whole
 from oneblock.train.loop import Metrics, State, start, train
+from oneblock.train.losses import evaluate
+from oneblock.train.machine import precision
 from oneblock.train.mesh import parse_mesh
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
-from oneblock.train.parallel import apply, wrap
+from oneblock.train.parallel import apply, settle, wrap
 from oneblock.train.world import World
 
 TEXT = Tokens([np.random.default_rng(0).integers(0, 64, 3000).astype(np.uint16)])
@@ -55,6 +57,14 @@ def run(world: World, family: str, state: State | None = None, steps: int = 10) 
     return state, found
 
 
+def held_out(world: World, state: State) -> float:
+    """The loss on a text whose last batches are fewer than the ranks, and the last of them is short."""
+    batches = world.share(in_order(Tokens([TEXT.run(0, 32 * 2 * 4 + 18)]), 32, 2))
+    found = evaluate(state.model, batches, precision(LOOP), total=world.total)
+    settle(state.model)
+    return found
+
+
 def weights(state: State) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach(), True).contiguous() for name, p in state.model.named_parameters()}
 
@@ -66,6 +76,7 @@ def main(folder: Path, schemes: list[list[str]]) -> None:
     for mesh, family in schemes:
         world = World(rank, parse_mesh(mesh, size))
         state, found = run(world, family)
+        val = held_out(world, state)
         out = folder / f"{mesh} {family}"
         saver = Saver(out, byte_level(), "text", 2, background=True)
         saver.save(state)
@@ -76,7 +87,7 @@ def main(folder: Path, schemes: list[list[str]]) -> None:
         assert all(torch.equal(mine[name], back[name]) for name in mine), f"{mesh}: restored is not saved"
         if rank == 0:
             save_file(mine, out / "weights.safetensors")
-            (out / "metrics.json").write_text(json.dumps(found))
+            (out / "metrics.json").write_text(json.dumps({"steps": found, "val": val}))
     dist.barrier()
     dist.destroy_process_group()
 

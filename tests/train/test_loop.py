@@ -184,6 +184,22 @@ def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
     assert state.tokens == len(seen) * 2 * 12 == batches_before(6, 4, 3) * 24
 
 
+def test_asked_to_stop_between_batches_it_leaves_the_step() -> None:
+    """A step of many batches may take longer than a machine that is taken away leaves."""
+    state, rows, seen = begin(), Rows(TEXT, 12, 2, 0), []
+
+    def loss(model: Decoder, batch: Batch) -> torch.Tensor:
+        seen.append(len(seen))
+        state.stop = len(seen) == 7  # in the second step
+        return next_token(model, batch)
+
+    train(state, rows.batch, loss, replace(LOOP, batch=2, accumulate=5), Optimizer(), Schedule())
+    assert len(seen) == 7
+    assert state.step == 1
+    assert state.tokens == 5 * 2 * 12
+    assert all(p.grad is None for p in state.model.parameters())
+
+
 def test_the_average_follows_the_weights() -> None:
     model = begin().model
     options = Optimizer(lr=1e-2, ema=0.5)

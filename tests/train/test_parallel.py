@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import fresh, run, weights
+from ranks import fresh, held_out, run, weights
 
 from oneblock.cli import main
 from oneblock.errors import OneblockError
@@ -28,7 +28,7 @@ from oneblock.train.parallel import check
 from oneblock.train.world import World
 
 TWO = [["dp=2", "llama"], ["fsdp=2", "gemma3"], ["tp=2", "llama"], ["cp=2", "gemma3"], ["ep=2", "mixtral"]]
-TWO += [["fsdp=2", "mixtral"], ["dp=2", "mixtral"]]
+TWO += [["fsdp=2", "mixtral"], ["dp=2", "mixtral"], ["tp=2", "gemma3"], ["tp=2", "gpt2"], ["tp=2", "phi"]]
 FOUR = [["dp=4", "gpt2"], ["dp=2 fsdp=2", "llama"], ["dp=2 tp=2", "llama"], ["fsdp=2 tp=2", "llama"]]
 FOUR += [["dp=2 cp=2", "llama"], ["dp=2 ep=2", "mixtral"], ["fsdp=2 cp=2", "llama"], ["cp=2 tp=2", "llama"]]
 
@@ -63,22 +63,24 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, tuple[dict[str, torch.Tensor], list[list[float]]]]:
+def alone() -> dict[str, tuple[dict[str, torch.Tensor], list[list[float]], float]]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     found = {}
     for family in {family for _, family in TWO + FOUR}:
         state, metrics = run(World(), family)
-        found[family] = weights(state), metrics
+        found[family] = weights(state), metrics, held_out(World(), state)
     torch.set_num_threads(before)
     return found
 
 
 @pytest.mark.parametrize(("mesh", "family"), TWO + FOUR, ids=lambda x: x)
 def test_many_ranks_are_one(mesh: str, family: str, ran: Path, alone: dict) -> None:
-    expected, series = alone[family]
+    expected, series, val = alone[family]
     out = ran / f"{mesh} {family}"
-    found = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text())
+    found = metrics["steps"]
+    assert metrics["val"] == pytest.approx(val, abs=1e-5)
     assert torch.tensor(found).shape == (10, 3)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(series), atol=1e-5, rtol=1e-5)
     theirs = load_file(out / "weights.safetensors")

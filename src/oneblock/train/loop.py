@@ -90,7 +90,8 @@ def train(
     while (progress := done(state, loop)) < 1 and not engine.world.agree(state.stop):
         rate = share(progress, state.step, schedule)
         state.optimizer.set_rate(rate)
-        torch.manual_seed(loop.seed * 1_000_003 + state.step)  # dropout, too, is a function of (seed, step)
+        seed = (engine.world.rank << 40) + loop.seed * 1_000_003 + state.step
+        torch.manual_seed(seed)  # dropout, too, is a function of (seed, step), another on each rank
         made = engine.update(state)
         if made is None:
             break

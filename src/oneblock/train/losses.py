@@ -41,14 +41,19 @@ def pretraining(
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, batches: Iterable[Batch], precision: AbstractContextManager[object], loss: Loss = next_token
+    model: Decoder,
+    batches: Iterable[Batch],
+    precision: AbstractContextManager[object],
+    loss: Loss = next_token,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """The mean loss over all targets of all batches, without dropout."""
-    total, count = 0.0, 0
+    """The mean loss over all targets of all batches, without dropout; `total` adds up over ranks."""
     device = model.embed.weight.device
+    found = torch.zeros(2, dtype=torch.float64)  # the losses' sum, and of how many targets
     with precision:
         for batch in batches:
-            found = loss(model, batch.to(device))
-            total += float(found if isinstance(found, Tensor) else found[0]) * batch.count
-            count += batch.count
-    return total / count
+            value = loss(model, batch.to(device))
+            value = value if isinstance(value, Tensor) else value[0]
+            found += torch.tensor((float(value) * batch.count, batch.count), dtype=torch.float64)
+    losses, count = total(found).tolist()
+    return losses / count

@@ -2,27 +2,31 @@
 
 dp    torch's DistributedDataParallel
 fsdp  torch's fully_shard (ZeRO-3), with dp as hybrid sharding
-tp    torch's tensor parallel: DTensor weights of attention and MLP (arXiv:1909.08053)
+tp    torch's tensor parallel: DTensor weights of attention and MLP (arXiv:1909.08053); between them, and in the loss,
+      each rank has a piece of every row (arXiv:2205.05198)
 cp    rows in parts, keys and values gathered (as Llama 3 does, arXiv:2407.21783, section 3.3.2)
 ep    experts on different ranks, tokens sent to them (arXiv:2006.16668)
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
-from oneblock.model.mlp import Mlp, Moe
+from oneblock.model.mlp import Moe
 from oneblock.spec import Spec
 from oneblock.train.experts import ShardedExperts
+from oneblock.train.loop import Learner
 from oneblock.train.mesh import Mesh
 from oneblock.train.options import Train
 from oneblock.train.world import World
@@ -32,8 +36,10 @@ def check(spec: Spec, context: int, options: Train, mesh: Mesh) -> None:
     """What cannot be divided, or not together. OneblockError with the numbers that disagree."""
     if mesh.size > 1 and options.loop.seconds is not None:
         raise OneblockError("ranks' clocks differ: give --steps, not --seconds")
-    if context % (2 * mesh.cp) and mesh.cp > 1:
-        raise OneblockError(f"rows of {context} tokens do not divide by 2 x cp = {2 * mesh.cp}: change --context")
+    pieces = {"2 x cp": 2 * mesh.cp if mesh.cp > 1 else 1, "tp": mesh.tp}
+    if context % (whole := math.prod(pieces.values())):
+        by = " x ".join(name for name, n in pieces.items() if n > 1)
+        raise OneblockError(f"rows of {context} tokens do not divide by {by} = {whole}: change --context")
     if mesh.cp > 1 and options.documents:
         raise OneblockError("cp and --documents do not go together yet: leave one of them out")
     if mesh.size > 1 and options.optimizer.optimizer != "adamw" and (mesh.fsdp > 1 or mesh.tp > 1 or mesh.ep > 1):
@@ -68,29 +74,37 @@ def check_layers(spec: Spec, mesh: Mesh) -> None:
 def apply(model: Decoder, world: World) -> None:
     """Lay a model over the ranks, before an optimizer is made for it."""
     mesh = world.mesh
-    if world.size == 1:
-        return
     if mesh.tp > 1:
         for block in model.blocks:
             split_matrices(block, world)
+        model.embedded = Pieces(model, world)
     if mesh.ep > 1:
         for module in [m for m in model.modules() if isinstance(m, Moe)]:
             module.experts = ShardedExperts(module.experts, world)  # type: ignore[assignment]
     if mesh.cp > 1:
         model.hidden = Gathering(model, world)
-    if mesh.fsdp > 1:
-        shards = world.sharded["replicas", "shards"] if mesh.dp * mesh.cp > 1 else world.sharded["shards"]
-        for block in model.blocks:
-            fully_shard(block, mesh=shards)
-        fully_shard(model, mesh=shards, reshard_after_forward=False)  # the loss reads its head after the forward pass
-        register_fsdp_forward_method(model, "hidden")
+    if world.size > 1 and not world.copies and world.averaged > 1:
+        shard(model, world)
 
 
-def wrap(learner: nn.Module, world: World) -> nn.Module:
-    """What exchanges gradients while the backward pass is under way."""
+def shard(model: Decoder, world: World) -> None:
+    """Tensors in parts on `fsdp` ranks. Of one, with tp: whole ones whose gradients are exchanged in the same way."""
+    mesh = world.mesh
+    over = world.sharded["replicas", "shards"] if mesh.dp * mesh.cp > 1 else world.sharded["shards"]
+    for block in model.blocks:
+        fully_shard(block, mesh=over)
+    fully_shard(model, mesh=over, reshard_after_forward=False)  # the loss reads its head after the forward pass
+    register_fsdp_forward_method(model, "hidden")
+
+
+def wrap(learner: Learner, world: World) -> nn.Module:
+    """What exchanges gradients while the backward pass is under way; experts keep theirs."""
     if not world.copies:
         return learner
-    return DistributedDataParallel(learner, gradient_as_bucket_view=True)
+    apart = [name for name, p in learner.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, apart)
+    skips = any(layer.attn.cross for layer in learner.model.spec.layers)  # cross-attention, where there is no image
+    return DistributedDataParallel(learner, gradient_as_bucket_view=True, find_unused_parameters=skips)
 
 
 def settle(model: nn.Module) -> None:
@@ -104,14 +118,26 @@ def settle(model: nn.Module) -> None:
 
 
 def split_matrices(block: nn.Module, world: World) -> None:
-    """Each rank has some heads and some of the MLP's hidden numbers; what they write is added up."""
+    """Each rank has some heads and some of the MLP's hidden numbers; what they write is added up, a piece on each."""
+    here, whole = Shard(1), Replicate()
+    row = RowwiseParallel(output_layouts=here)
     plan: dict[str, Any] = {f"attn.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
-    plan["attn.wo"] = RowwiseParallel()
-    mlp = block.mlp
-    assert isinstance(mlp, Mlp)
-    plan |= {f"mlp.{name}": ColwiseParallel() for name in ("gate", "up") if getattr(mlp, name) is not None}
-    plan["mlp.down"] = RowwiseParallel()
+    plan |= {f"mlp.{name}": ColwiseParallel() for name in ("gate", "up") if getattr(block.mlp, name) is not None}
+    plan |= {"attn.wo": row, "mlp.down": row}
+    for name, others in (("attn", 2), ("mlp", 1)):
+        none = (None,) * others
+        plan[name] = PrepareModuleInput(input_layouts=(here, *none), desired_input_layouts=(whole, *none))
     parallelize_module(block, world.sharded["tp"], plan)
+
+
+class Pieces:
+    """`model.embedded` of this rank's piece of every row."""
+
+    def __init__(self, model: Decoder, world: World):
+        self.embedded, self.parts, self.part = model.embedded, world.mesh.tp, world.place["tp"]
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.embedded(*(x.chunk(self.parts, 1)[self.part] for x in (ids, positions)))
 
 
 # ------------------------------------------------------------------ cp

@@ -249,7 +249,8 @@ class Session:
         batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch, self.job.documents)
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
-        found = evaluate(self.state.model, batches, precision(options.loop))
+        shared = self.world.share(batches)
+        found = evaluate(self.state.model, shared, precision(options.loop), total=self.world.total)
         parallel.settle(self.state.model)
         return found
 

@@ -8,15 +8,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
+from itertools import islice
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from oneblock.data.rows import Batch
+from oneblock.data.rows import IGNORE, Batch
 from oneblock.errors import OneblockError
 from oneblock.train.mesh import KEYS, Mesh, parse_mesh
 
@@ -64,13 +67,13 @@ class World:
 
     @cached_property
     def groups(self) -> dict[str, dist.ProcessGroup]:
-        """By name: `tokens` all ranks with different tokens and the same part of the weights, and so on. Collective."""
+        """By name, of the ranks that differ from this one in that way alone. Collective."""
         ranks = torch.arange(self.size).view(self.mesh.shape)
         wanted = {
-            "tokens": ("dp", "ep", "cp", "fsdp"),
-            "same_experts": ("dp", "cp", "fsdp"),
-            "cp": ("cp",),
+            "same_experts": ("dp", "cp"),
             "ep": ("ep",),
+            "cp": ("cp",),
+            "tp": ("tp",),
         }
         return {name: self._group(ranks, keys) for name, keys in wanted.items()}
 
@@ -93,33 +96,43 @@ class World:
 
     @property
     def averaged(self) -> int:
-        """Over how many ranks the backward pass averages gradients, where it exchanges them by itself."""
-        return self.size // self.mesh.tp if self.mesh.fsdp > 1 else self.size if self.copies else 1
+        """Over how many ranks the backward pass averages gradients: those that have the same part of the weights."""
+        return self.size // self.mesh.tp
 
     @property
     def copies(self) -> bool:
-        """Whether ranks differ in their rows alone: torch's DistributedDataParallel then serves them best."""
-        return self.size > 1 and self.mesh.dp == self.size
+        """Whether weights are copies of each other but for experts: DistributedDataParallel then serves them best."""
+        return self.size > 1 and self.mesh.fsdp == self.mesh.tp == 1
 
     def split(self, batch: Batch) -> Batch:
-        """This process's part of the rows it reads: two pieces of each, from both ends, so that all attend alike."""
-        cp = self.mesh.cp
-        if cp == 1:
+        """This process's part of the rows it reads.
+
+        Of `cp` ranks each has two pieces of every row, from both ends, so that all attend alike. Of `tp` ranks each
+        has the same ids, and a piece of the targets. Rows that do not divide get more ids, without targets.
+        """
+        mesh = self.mesh
+        if mesh.cp == mesh.tp == 1:
             return batch
-        length, i = batch.ids.shape[1], self.place["cp"]
-        piece = length // (2 * cp)
-        mine = torch.cat([torch.arange(k * piece, (k + 1) * piece) for k in (i, 2 * cp - 1 - i)])
-        targets = batch.targets[:, mine]
-        return replace(
-            batch, ids=batch.ids[:, mine], targets=targets, count=int((targets >= 0).sum()), positions=mine[None]
-        )
+        batch = lengthened(batch, (2 * mesh.cp if mesh.cp > 1 else 1) * mesh.tp)
+        if mesh.cp > 1:
+            mine = zigzag(batch.ids.shape[1], self.place["cp"], mesh.cp)
+            batch = replace(batch, ids=batch.ids[:, mine], targets=batch.targets[:, mine], positions=mine[None])
+        targets = batch.targets.chunk(mesh.tp, 1)[self.place["tp"]]
+        return replace(batch, targets=targets, count=int((targets != IGNORE).sum()))
+
+    def share(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Of batches that every process has, the part of this one: as many for each, some of them without targets."""
+        waiting = iter(batches)
+        while found := list(islice(waiting, self.data_ranks)):
+            mine = self.data_rank
+            yield self.split(found[mine] if mine < len(found) else without_targets(found[0]))
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over all ranks that read different tokens."""
-        if self.size == self.mesh.tp:
+        """The sum over all ranks, each of which has its own targets."""
+        if self.size == 1:
             return x
         x = x.clone()
-        dist.all_reduce(x, group=self.groups["tokens"])
+        dist.all_reduce(x)
         return x
 
     def wait(self) -> None:
@@ -141,23 +154,29 @@ class World:
         return bool(found)
 
     def syncing(self, learner: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Around one batch's backward pass: gradients are exchanged with the last of a step."""
+        """Around one batch's backward pass: gradients go to all copies with the last of a step.
+
+        Shards add theirs up with every batch, so that whole gradients are never kept.
+        """
         if isinstance(learner, DistributedDataParallel):
             return nullcontext() if last else learner.no_sync()
-        if self.mesh.fsdp > 1:
-            for module in learner.modules():
-                if hasattr(module, "set_requires_gradient_sync"):
-                    module.set_requires_gradient_sync(last, recurse=False)  # type: ignore[operator]
+        for module in learner.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(last, recurse=False)
         return nullcontext()
 
+    @torch.no_grad()
     def exchange(self, model: nn.Module) -> None:
         """Add up gradients over ranks, where the backward pass has not done so."""
-        if self.size == self.mesh.tp or self.averaged > 1:
-            return
-        for p in model.parameters():
-            if p.grad is not None:
-                here = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-                dist.all_reduce(here, group=self.groups["same_experts" if of_experts(p) else "tokens"])
+        for p in model.parameters() if self.mesh.ep * self.mesh.tp > 1 else ():
+            if p.grad is None:
+                continue
+            names, here = laid_over(p), p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            if "ep" in names:
+                dist.all_reduce(here, group=self.groups["same_experts"])
+                here /= self.averaged
+            elif "tp" not in names and self.mesh.tp > 1:
+                dist.all_reduce(here, group=self.groups["tp"])
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients so that their norm, over all shards, is at most `limit`; the norm they had."""
@@ -178,8 +197,32 @@ class World:
         return whole
 
 
-def of_experts(p: nn.Parameter) -> bool:
-    return isinstance(p, DTensor) and p.device_mesh.mesh_dim_names == ("ep",)
+def laid_over(p: nn.Parameter) -> tuple[str, ...]:
+    """The ways of sharing in which ranks have different parts of it."""
+    return p.device_mesh.mesh_dim_names or () if isinstance(p, DTensor) else ()
+
+
+def zigzag(length: int, part: int, parts: int) -> Tensor:
+    """Places in a row: of 2 x parts pieces the one at `part`, and its fellow from the end."""
+    pieces = torch.arange(length).chunk(2 * parts)
+    return torch.cat((pieces[part], pieces[-1 - part]))
+
+
+def lengthened(batch: Batch, multiple: int) -> Batch:
+    """Rows with ids at their ends that nobody learns: what comes before does not see them."""
+    more = -batch.ids.shape[1] % multiple
+
+    def ended(x: Tensor | None, value: int) -> Tensor | None:
+        return x if x is None or not more else F.pad(x, (0, more), value=value)
+
+    ids, targets = ended(batch.ids, 0), ended(batch.targets, IGNORE)
+    assert ids is not None
+    assert targets is not None
+    return Batch(ids, targets, batch.count, ended(batch.documents, -1), ended(batch.positions, 0))
+
+
+def without_targets(batch: Batch) -> Batch:
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORE), count=0)
 
 
 def started() -> int:
