@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneblock.data import Rows
-from oneblock.data.rows import in_order
+from oneblock.data.rows import Rows, in_order
 from oneblock.errors import OneblockError
 
 TEXT = np.arange(1000, dtype=np.uint16)  # the id at each place is the place

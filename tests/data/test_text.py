@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneblock.data import encode, pieces, read_texts
+from oneblock.data.text import encode, pieces, read_texts
 from oneblock.errors import OneblockError
 from oneblock.text.train import characters, train_bpe
 

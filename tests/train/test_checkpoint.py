@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oneblock.cli import main
-from oneblock.data import Rows
+from oneblock.data.rows import Rows
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
 from oneblock.model import Decoder, init_weights

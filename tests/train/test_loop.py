@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from oneblock.data import Rows
-from oneblock.data.rows import Batch, in_order
+from oneblock.data.rows import Batch, Rows, in_order
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.spec import spec

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from oneblock.config import nearest
-from oneblock.data import Rows, Tokens, encode, read_texts
+from oneblock.data.rows import Rows
 from oneblock.data.shards import is_shards, open_all, read_shards
-from oneblock.data.tokens import joined
+from oneblock.data.text import encode, read_texts
+from oneblock.data.tokens import Tokens, joined
 from oneblock.errors import OneblockError
 from oneblock.model import Dropout
 from oneblock.spec import Spec, spec
