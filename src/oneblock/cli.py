@@ -29,6 +29,8 @@ COMMANDS = {
     "runs": Command("list training runs, or plot several together", "oneblock.train.compare:runs"),
     "generate": Command("complete a prompt", "oneblock.infer.commands:generate"),
     "chat": Command("talk with a model in the terminal", "oneblock.infer.commands:chat"),
+    "export": Command("write a model as one GGUF file, for llama.cpp and its kin", "oneblock.store.commands:export"),
+    "quantize": Command("hold a model's weights in 8 or 4 bits", "oneblock.infer.quantize_command:quantize"),
     "tokenizer": Command("train a tokenizer, or see how one cuts a text", "oneblock.text.commands:tokenizer"),
 }
 

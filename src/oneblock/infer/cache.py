@@ -35,6 +35,8 @@ class KVCache:
         self._length, self._new, self._padded = 0, 0, False
         self._sizes = self._slots()
         self._seen: dict[Kind, Tensor] = {}  # key positions of this pass
+        self._marks: list[Tensor] = []  # for graphs; as they stand when the cache has `_marked` columns
+        self._marked = -1
 
     @property
     def length(self) -> int:
@@ -43,6 +45,12 @@ class KVCache:
     @property
     def padded(self) -> bool:
         return self._padded
+
+    @property
+    def kinds(self) -> list[int]:
+        """Of each layer, which of the position tensors of `tensors` is its own."""
+        found = list(dict.fromkeys(self._kinds))
+        return [found.index(kind) for kind in self._kinds]
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +102,29 @@ class KVCache:
         self._length += self._new
         self._new = 0
 
+    # ------------------------------------------------------------------ for a graph that writes by itself
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Keys and values of every layer; of every kind of layer the position of each column (-1: nothing there).
+
+        To be asked for between `begin` and `end`, and not in a text's first pass: what is new is then written there.
+        """
+        if self._marked != self._length:
+            for x in (*self._keys, *self._values):
+                if x is not None:  # a graph multiplies what nobody sees by 0, and 0 times what lay there may be NaN
+                    x[:, :, min(self._length, x.shape[2]) :].zero_()
+            self._marks = [self._mark(self._sizes[self._kinds.index(kind)]) for kind in dict.fromkeys(self._kinds)]
+        self._marked = self._length + self._new
+        keys, values = ([x for x in kept if x is not None] for kept in (self._keys, self._values))
+        return keys, values, self._marks
+
+    def _mark(self, size: int) -> Tensor:
+        columns = torch.arange(max(self._length - size, 0), self._length, device=self.device)
+        positions = self._positions[:, columns] if self._padded else columns[None]
+        marks = torch.full((len(positions), size), -1, dtype=torch.long, device=self.device)
+        marks[:, columns % size] = positions
+        return marks
+
     # ------------------------------------------------------------------ rings
 
     def _roll(self, ring: Tensor, new: Tensor) -> Tensor:
@@ -127,7 +158,7 @@ class KVCache:
 
     def _grow(self, capacity: int) -> None:
         """Room for more columns; a ring shorter than its window has not yet come round, so slots stay."""
-        self.capacity = capacity
+        self.capacity, self._marked = capacity, -1
         sizes, self._sizes = self._sizes, self._slots()
         for layer, (old, new) in enumerate(zip(sizes, self._sizes, strict=True)):
             if new > old:
@@ -145,7 +176,7 @@ class KVCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
         index = torch.tensor(rows, device=self.device)
-        self.batch = len(rows)
+        self.batch, self._marked = len(rows), -1
         self._keys = [self._rows(x, index) for x in self._keys]
         self._values = [self._rows(x, index) for x in self._values]
         if len(self._positions) > 1:
@@ -163,5 +194,5 @@ class KVCache:
         """Forget all columns from `length` on. False, and nothing done, where a ring has already dropped older ones."""
         if length > self._length or (length < self._length and any(self._length > n for n in self._sizes)):
             return False
-        self._length, self._new = length, 0
+        self._length, self._new, self._marked = length, 0, -1
         return True

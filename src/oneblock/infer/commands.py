@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,17 +44,47 @@ class Choosing:
 
 
 @dataclass(frozen=True)
+class Constraining:
+    """What the whole reply must be; one of these at most."""
+
+    schema: str | None = None  # JSON that keeps to this JSON schema: a file of it, or the schema itself
+    regex: str | None = None  # matched by this, in the syntax of Rust's regex crate
+    grammar: Path | None = None  # a file with a Lark grammar
+    choices: tuple[str, ...] = ()  # one of these texts
+
+    def asked(self) -> dict[str, Any]:
+        """The options of `LLM.generate`."""
+        schema, grammar = self.schema, self.grammar
+        if schema is not None and schema.lstrip()[:1] not in ("{", "[", '"', ""):
+            schema = "true" if schema.strip() == "true" else read(Path(schema))
+        found = {"schema": schema, "regex": self.regex, "grammar": grammar and read(grammar), "choices": self.choices}
+        return {name: value for name, value in found.items() if value not in (None, ())}
+
+
+@dataclass(frozen=True)
 class Loading:
     """Which model, and how it is held."""
 
     model: Positional[str]  # a model's folder, or its org/name on the hub
     dtype: str | None = None  # float32, bfloat16 or float16; left out: as it is stored
     device: str = "cpu"  # cpu, cuda, cuda:1, ..
+    compile: Literal["auto", "on", "off"] = (
+        "auto"  # a token's step as one graph; auto: where the text repays its making
+    )
+
+
+@dataclass(frozen=True)
+class Many:
+    """A file of prompts. Started again after a kill, it goes on with those that the output does not have."""
+
+    input: Path | None = None  # {"prompt": ..} or {"messages": [..]} on each line, perhaps with "id" and options
+    output: Path | None = None  # a line for each, in the order in which they end
+    batch_size: int | None = None  # prompts at once; left out: what half of the free memory holds
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Complete a prompt."""
+    """Complete a prompt, or a file of them."""
 
     loading: Loading
     prompt: str | None = None  # the text to go on with; left out: read from standard input
@@ -63,6 +93,8 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()  # texts that end the reply
     ignore_eos: bool = False  # go on when the model would end
     choosing: Choosing = field(default_factory=Choosing)
+    constraining: Constraining = field(default_factory=Constraining)
+    many: Many = field(default_factory=Many)
     stream: bool = True  # show the text while it grows
     json: bool = False  # print text, ids, log-probabilities and times as JSON
 
@@ -77,24 +109,48 @@ class ChatOptions:
     choosing: Choosing = field(default_factory=Choosing)
 
 
+def read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise OneblockError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise OneblockError(f"{path} is no UTF-8 text") from None
+
+
 def opened(loading: Loading) -> LLM:
     from oneblock.infer.llm import load
 
-    return load(loading.model, loading.dtype, loading.device)
+    llm = load(loading.model, loading.dtype, loading.device)
+    llm.compile = loading.compile
+    return llm
 
 
 # ------------------------------------------------------------------ generate
 
 
 def generate(options: GenerateOptions) -> None:
-    prompt = asked(options)
+    many = options.many
+    prompt = asked(options) if many == Many() else None
+    if prompt is None and (many.input is None or many.output is None or options.prompt is not None or options.ids):
+        raise OneblockError("a file of prompts needs --input and --output, and no other prompt")
     llm = opened(options.loading)
     chosen: dict[str, Any] = {
         "max_tokens": options.max_tokens,
         "stop": options.stop,
         "ignore_eos": options.ignore_eos,
         **asdict(options.choosing),
+        **options.constraining.asked(),
     }
+    if many.input is not None and many.output is not None:
+        from oneblock.infer.batch import complete_file
+
+        complete_file(llm, many.input, many.output, many.batch_size, chosen)
+    elif prompt is not None:
+        complete(llm, prompt, chosen, options)
+
+
+def complete(llm: LLM, prompt: str | list[int], chosen: dict[str, Any], options: GenerateOptions) -> None:
     if options.json:
         start = time.perf_counter()
         print_json(llm.generate(prompt, **chosen), prompt, time.perf_counter() - start)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from oneblock.infer.cache import KVCache
 from oneblock.infer.sample import Sampler, Sampling, logprobs, top_logprobs
 from oneblock.infer.stop import Detokenizer, Finish, Reply
 from oneblock.model import Decoder
+
+if TYPE_CHECKING:
+    from oneblock.infer.compiled import Compiled
+    from oneblock.infer.constrain import Grammar
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()  # one for each prompt; none: drawn anew each time
     logprobs: int | None = None  # also the log-probability of each token, and of this many of the likeliest
+    grammar: Grammar | None = None  # what every reply must keep to
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -54,8 +60,10 @@ class Event:
 class Texts:
     """Texts that grow together: rows of one batch with one cache. Shorter prompts are padded on the left."""
 
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], capacity: int):
-        self.model, self.capacity = model, capacity
+    def __init__(
+        self, model: Decoder, prompts: Sequence[Sequence[int]], capacity: int, compiled: Compiled | None = None
+    ):
+        self.model, self.capacity, self.compiled = model, capacity, compiled
         self.rows = [list(prompt) for prompt in prompts]
         longest = max(map(len, self.rows))
         self.pads = [longest - len(row) for row in self.rows]
@@ -63,19 +71,20 @@ class Texts:
         self._forget()
 
     def _forget(self) -> None:
-        weight = self.model.embed.weight
-        self.cache = KVCache(self.model.spec, len(self.rows), self.capacity, weight.dtype, weight.device)
+        model = self.model
+        self.cache = KVCache(model.spec, len(self.rows), self.capacity, model.dtype, model.device)
 
     def advance(self) -> Tensor:
         """Feed what the cache does not have yet; the logits after the last token of every row, (B, V)."""
-        start, device = self.cache.length, self.model.embed.weight.device
+        start, device = self.cache.length, self.model.device
         ids = [[0] * (pad - start) + row[max(start - pad, 0) :] for row, pad in zip(self.rows, self.pads, strict=True)]
-        positions = None
+        fed, positions = torch.tensor(ids, device=device), None
         if any(self.pads):
             columns = torch.arange(start, start + len(ids[0]), device=device)
             positions = columns - torch.tensor(self.pads, device=device)[:, None]
-        hidden = self.model.hidden(torch.tensor(ids, device=device), positions=positions, cache=self.cache)
-        return self.model.logits(hidden[:, -1])
+        if self.compiled is not None and start and len(ids[0]) == 1:
+            return self.compiled(fed, positions, self.cache)
+        return self.model.logits(self.model.hidden(fed, positions=positions, cache=self.cache)[:, -1])
 
     def append(self, ids: Sequence[int]) -> None:
         for row, id in zip(self.rows, ids, strict=True):
@@ -127,21 +136,26 @@ def events(texts: Texts, request: Request, detokenizers: Sequence[Detokenizer | 
     limits = [room(texts.model.spec, row, request.max_tokens) for row in texts.rows]
     replies = [Reply(d, n, request.stop_ids, request.stop) for d, n in zip(detokenizers, limits, strict=True)]
     seeds = request.seeds or tuple(secrets.randbits(63) for _ in replies)
-    sampler = Sampler(request.sampling, seeds, texts.rows, texts.model.spec.vocab, texts.model.embed.weight.device)
+    sampler = Sampler(request.sampling, seeds, texts.rows, texts.model.spec.vocab, texts.model.device)
+    matchers = request.grammar.start(texts.rows, request.stop_ids) if request.grammar is not None else None
     rows = list(range(len(replies)))  # of the request, in the batch's order
     while rows:
         logits = texts.advance()
         if logits.isnan().any():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
-        chosen = chosen_from(logits, sampler.next(logits), request.logprobs)
+        ids = sampler.next(logits, matchers.allowed() if matchers is not None else None)
+        chosen = chosen_from(logits, ids, request.logprobs)
         texts.append([c.id for c in chosen])
-        for row, c in zip(rows, chosen, strict=True):
-            text = replies[row].push(c.id)
+        last = matchers.push([c.id for c in chosen]) if matchers is not None else [False] * len(rows)
+        for row, c, ends in zip(rows, chosen, last, strict=True):
+            text = replies[row].push(c.id, ends)
             yield replace(c, row=row, text=text, finish=replies[row].finish)
         going = [i for i, row in enumerate(rows) if replies[row].finish is None]
         if 0 < len(going) < len(rows):
             texts.keep(going)
             sampler.keep(going)
+            if matchers is not None:
+                matchers.keep(going)
         rows = [rows[i] for i in going]
 
 

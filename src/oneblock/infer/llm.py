@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
 from oneblock import store
 from oneblock.errors import OneblockError
+from oneblock.infer.constrain import Constraint, Grammar, Shapes
 from oneblock.infer.generate import Event, Request, Texts, check, events, room
+from oneblock.infer.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.infer.sample import Choices, Sampling
-from oneblock.infer.stop import Detokenizer, Finish
+from oneblock.infer.stop import CONTEXT_OF_TEXT, Detokenizer, Finish
+from oneblock.infer.streamline import streamline
 from oneblock.model import Decoder
 from oneblock.spec import Spec
+from oneblock.store.load import Checkpoint
 from oneblock.store.rules import Layout
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
@@ -21,17 +26,18 @@ from oneblock.text import Tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from oneblock.infer.compiled import Compiled
+
 Ids: TypeAlias = "list[int]"
 Prompts: TypeAlias = "str | Ids | list[str] | list[Ids]"
 Message: TypeAlias = "dict[str, Any]"
 
 MAX_TOKENS = 256
-CONTEXT_OF_TEXT = 8  # prompt tokens that the reply's detokenizer sees first: a reply may begin in the middle of a word
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "encoder.json", "*.tiktoken")
 
 
-class Options(Choices, total=False):
-    """What `generate`, `stream` and `chat` take, besides how to choose a token."""
+class Options(Choices, Shapes, total=False):
+    """What `generate`, `stream` and `chat` take, besides how to choose a token and what the reply must be."""
 
     max_tokens: int | None  # default 256; None: as many as the context holds
     stop: str | Sequence[str]  # texts that end the reply and are not part of it
@@ -70,10 +76,12 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
         self.config, self.generation = dict(config or {}), dict(generation or {})
         self._layout = layout  # how the folder named and split its tensors
+        self.compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: where it pays
+        self._compiled: Compiled | None = None
 
     def __repr__(self) -> str:
-        spec, weight = self.spec, self.model.embed.weight
-        return f"LLM({spec.n_layers} layers of {spec.dim}, vocabulary {spec.vocab}, {weight.dtype}, {weight.device})"
+        spec, model = self.spec, self.model
+        return f"LLM({spec.n_layers} layers of {spec.dim}, vocabulary {spec.vocab}, {model.dtype}, {model.device})"
 
     @property
     def spec(self) -> Spec:
@@ -110,7 +118,7 @@ class LLM:
 
     def request(self, rows: int = 1, **options: Unpack[Options]) -> Request:
         """The options checked, with the model's own defaults where nothing is asked for."""
-        known = Options.__annotations__.keys() | Choices.__annotations__.keys()
+        known = Options.__annotations__.keys() | Choices.__annotations__.keys() | Shapes.__annotations__.keys()
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
             raise TypeError(f"unknown argument {unknown!r}; known: {', '.join(sorted(known))}")
@@ -126,7 +134,16 @@ class LLM:
             stop=stop,
             seeds=_seeds(options.get("seed"), rows),
             logprobs=options.get("top_logprobs", 0),
+            grammar=self._grammar(options),
         )
+
+    def _grammar(self, options: Mapping[str, Any]) -> Grammar | None:
+        asked = {name: options[name] for name in Shapes.__annotations__ if options.get(name) is not None}
+        if not asked:
+            return None
+        if self.tokenizer is None:
+            raise OneblockError(f"{next(iter(asked))} needs a tokenizer, which the model's folder lacks")
+        return Grammar(Constraint(**asked), self.tokenizer, self.spec.vocab)
 
     def _sampling(self, options: Mapping[str, Any]) -> Sampling:
         names = ["repetition_penalty"]
@@ -150,8 +167,8 @@ class LLM:
 
         llm.generate("Once upon a time", max_tokens=64, temperature=0.8, top_p=0.95, seed=1).text
 
-        Options: see `Options` and `Sampling`. Temperature 0 always takes the likeliest token. Left out, temperature,
-        top_k, top_p and min_p are those of `generation_config.json` where it samples, else 1 and no cuts.
+        Options: see `Options`, `Sampling` and `Constraint`. Temperature 0 always takes the likeliest token. Left out,
+        temperature, top_k, top_p and min_p are those of `generation_config.json` where it samples, else 1 and no cuts.
         """
         single = isinstance(prompts, str) or bool(len(prompts) and hasattr(prompts[0], "__index__"))
         rows = [self.encode(p) for p in ([prompts] if single else prompts)]  # pyright: ignore[reportArgumentType]
@@ -187,9 +204,20 @@ class LLM:
         """A batch ready to run, with room for what may come."""
         check(self.spec, prompts, request)
         longest = max(map(len, prompts), default=0)
-        return Texts(
-            self.model, prompts, longest + max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
-        )
+        more = max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
+        return Texts(self.model, prompts, longest + more, self.compiled(more))
+
+    def compiled(self, tokens: int) -> Compiled | None:
+        """The step as one graph, where it was asked for or so many tokens repay its making."""
+        from oneblock.infer.compiled import Compiled, compiler_found, pays
+
+        if self._compiled is None and self.compile == "on" and not compiler_found():
+            warnings.warn("no C++ compiler was found: steps are not compiled (install g++)", stacklevel=2)
+            self.compile = "off"
+        if self.compile == "off" or (self.compile == "auto" and not pays(self.spec, tokens, self.model.device)):
+            return self._compiled if self.compile == "auto" else None
+        self._compiled = self._compiled or Compiled(self.model)
+        return self._compiled
 
     def _complete(self, prompts: Sequence[list[int]], request: Request) -> list[Completion]:
         if not prompts:
@@ -215,7 +243,10 @@ class LLM:
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: configuration, weights, tokenizer; the old one stays until the new is whole."""
         with store.replacing(folder) as new:
-            write_model(new, self.model, self.config or None, self.generation or None, layout=self._layout)
+            if bits := bits_of(self.model):
+                write_quantized(new, self.model, bits, self.config)
+            else:
+                write_model(new, self.model, self.config or None, self.generation or None, layout=self._layout)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 
@@ -234,12 +265,23 @@ def _seeds(seed: int | Sequence[int] | None, rows: int) -> tuple[int, ...]:
 
 
 def load(path_or_name: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> LLM:
-    """A model from a folder, or from the hub by `org/name[@revision]`; dtype None: as it is stored.
+    """A model from a folder or a .gguf file, or from the hub by `org/name[@revision]`; dtype None: as it is stored.
 
     llm = oneblock.load("path/or/org/name", dtype="bfloat16", device="cpu")
     """
     folder = store.resolve(str(path_or_name))
-    found = store.load_model(folder, dtype, device)
+    if folder.suffix == ".gguf":
+        from oneblock.store.gguf import load_gguf  # its library is an extra
+
+        found, tokenizer = load_gguf(folder, dtype, device)
+        streamline(found.model)
+        return LLM(found.model, tokenizer, found.config)
+    if bits := quantized(store.read_config(folder)[1]):
+        model, config = load_quantized(folder, bits, dtype, device)
+        found = Checkpoint(model, model.spec, config)
+    else:
+        found = store.load_model(folder, dtype, device)
+    streamline(found.model)
     return LLM(found.model, find_tokenizer(folder), found.config, found.generation, found.layout)
 
 

@@ -96,13 +96,28 @@ class Counts:
         self.prompt, self.reply = self.prompt[list(rows)], self.reply[list(rows)]
 
 
-def choose(logits: Tensor, sampling: Sampling, counts: Counts | None, uniform: Tensor | None) -> Tensor:
-    """The next token of each row: logits (B, V) -> ids (B,). `uniform` (B,) in [0, 1) is the luck of each row."""
+def choose(
+    logits: Tensor, sampling: Sampling, counts: Counts | None, uniform: Tensor | None, allowed: Tensor | None = None
+) -> Tensor:
+    """The next token of each row: logits (B, V) -> ids (B,). `uniform` (B,) in [0, 1) is the luck of each row.
+
+    `allowed` (B, V): the ids that may be chosen at all.
+    """
     logits = adjusted(logits.float(), sampling, counts)
+    if allowed is not None:
+        logits = only(logits, allowed)
     if sampling.greedy:
         return logits.argmax(-1)
     assert uniform is not None, "a draw needs luck"
     return draw(distribution(logits, sampling), uniform)
+
+
+def only(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits (B, V) with what is not allowed at -inf."""
+    logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+    if bool(logits.amax(-1).isneginf().any()):
+        raise OneblockError("no token may follow: what the reply must be, the vocabulary and logit_bias leave none")
+    return logits
 
 
 def adjusted(logits: Tensor, sampling: Sampling, counts: Counts | None) -> Tensor:
@@ -189,10 +204,10 @@ class Sampler:
         self._luck = [] if sampling.greedy else [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
         self._counts = Counts(prompts, vocab, device) if sampling.counts else None
 
-    def next(self, logits: Tensor) -> Tensor:
-        """The next token of each row: logits (B, V) -> ids (B,)."""
+    def next(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The next token of each row: logits (B, V) -> ids (B,), of those `allowed` (B, V)."""
         luck = [torch.rand(1, dtype=torch.float64, generator=g) for g in self._luck]  # on the CPU: the same everywhere
-        ids = choose(logits, self.sampling, self._counts, torch.cat(luck) if luck else None)
+        ids = choose(logits, self.sampling, self._counts, torch.cat(luck) if luck else None, allowed)
         if self._counts is not None:
             self._counts.add(ids)
         return ids

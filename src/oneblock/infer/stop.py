@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 Finish = Literal["stop", "length"]
 
+CONTEXT_OF_TEXT = 8  # prompt tokens that a reply's detokenizer sees first: a reply may begin in the middle of a word
+
 
 class Detokenizer(Protocol):
     """Ids to text, one at a time (`Tokenizer.stream()`)."""
@@ -60,14 +62,19 @@ class Reply:
         self._detokenizer, self._limit, self._stop_ids = detokenizer, limit, stop_ids
         self._text = StopText(stops)
 
-    def push(self, id: int) -> str:
-        """One more token; the text that may be shown now. A stop id belongs to the ids, but has no text."""
+    def push(self, id: int, last: bool = False) -> str:
+        """One more token; the text that may be shown now. A stop id belongs to the ids, but has no text.
+
+        `last`: nothing may follow it.
+        """
         self.ids.append(id)
         text = ""
         if id in self._stop_ids:
             self.finish = "stop"
         elif self._detokenizer is not None:
             text = self._text.push(self._detokenizer.push(id))
+        if last:
+            self.finish = "stop"
         if self.finish is None and not self._text.found and len(self.ids) >= self._limit:
             self.finish = "length"
         if self.finish is not None and self._detokenizer is not None:

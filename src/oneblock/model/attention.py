@@ -43,7 +43,7 @@ class Attention(nn.Module):
         a = self.spec
         source = step.image if a.cross else x
         assert source is not None, "the decoder skips cross-attention where there is no image"
-        q, k, v = self.wq(x), self.wk(source), self.wv(source)
+        q, k, v = self.project(x, source)
         if a.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
@@ -58,8 +58,16 @@ class Attention(nn.Module):
             q = q * temperature(step.positions, *a.tempering).type_as(q)
         if step.cache is not None and not a.cross:
             k, v = step.cache.update(layer, k, v)
-        y = attend(q, k, v, a, step, layer, self.sinks)
+        y = self.read(q, k, v, step, layer)
         return self.wo(y.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, T, heads x D) each: inference puts one product in its place."""
+        return self.wq(x), self.wk(source), self.wv(source)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
+        """`attend`, as a step that inference may do otherwise."""
+        return attend(q, k, v, self.spec, step, layer, self.sinks)
 
 
 def temperature(positions: Tensor, floor: float, slope: float) -> Tensor:

@@ -80,6 +80,15 @@ class Decoder(nn.Module):
         if self.spec.tied:
             self.head.weight = self.embed.weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its norms, and of what flows through it; matrices may be held in fewer bits."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def forward(
         self,
         ids: Tensor,

@@ -42,8 +42,12 @@ class Mlp(nn.Module):
         self.down = nn.Linear(spec.hidden, dim, bias=spec.bias)
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
-        h = activate(self.spec, self.up(x), None if self.gate is None else self.gate(x))
+        h = activate(self.spec, *self.widen(x))
         return self.down(F.dropout(h, dropout) if dropout else h)
+
+    def widen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes up and, where there is one, its gate: inference puts one product in their place."""
+        return self.up(x), None if self.gate is None else self.gate(x)
 
 
 class Experts(nn.Module):

@@ -12,6 +12,7 @@ from oneblock.store.families import FAMILIES
 from oneblock.store.rules import Family
 
 CONFIG = "config.json"
+QUANTIZED = "oneblock"  # the quant_method of our own folders of codes
 
 
 def read_config(path: str | Path) -> tuple[Spec, dict[str, Any]]:
@@ -28,8 +29,9 @@ def read_config(path: str | Path) -> tuple[Spec, dict[str, Any]]:
     path = path / CONFIG if path.is_dir() else path
     try:
         config = text_side(read_json(path))
-        if config.get("quantization_config"):
-            raise OneblockError("its weights are quantised, which is not supported; get the model in bf16 or fp32")
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        if config.get("quantization_config") and method != QUANTIZED:
+            raise OneblockError(f"its weights are quantised ({method}), which is not supported; get it in bf16 or fp32")
         if config.get("per_layer_config"):
             raise OneblockError("per_layer_config is not supported: this model cannot be loaded")
         return family_of(config).read(config), config

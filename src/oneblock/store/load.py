@@ -46,6 +46,10 @@ def load_model(
     """
     folder = Path(folder)
     spec, config = read_config(folder)
+    if config.get("quantization_config"):
+        raise OneblockError(
+            f"{folder}: its weights are quantised, to generate with only; give the model it was made of"
+        )
     family = family_of(config)
     entries = find_tensors(folder)
     model = on_meta(spec)
@@ -225,6 +229,15 @@ def _dtype(asked: str | torch.dtype | None, slots: Slots, entries: dict[str, Ent
             entry = entries[name]
             stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.end - entry.start
         return DTYPES[max(stored, key=lambda code: stored[code])]
+    found = as_dtype(asked)
+    assert found is not None
+    return found
+
+
+def as_dtype(asked: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name. OneblockError where models do not compute in it."""
+    if asked is None:
+        return None
     dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
     if dtype not in CODES:
         known = ", ".join(str(d).removeprefix("torch.") for d in CODES)

@@ -48,7 +48,7 @@ def evaluate(
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
     """The mean loss over all targets of all batches, without dropout; `total` adds up over ranks."""
-    device = model.embed.weight.device
+    device = model.device
     found = torch.zeros(2, dtype=torch.float64)  # the losses' sum, and of how many targets
     with precision:
         for batch in batches:

@@ -1,0 +1,108 @@
+"""Codes that make up for each other's rounding, on the activations of a text: GPTQ (arXiv:2210.17323)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from oneblock.infer.coded import Coded, in_4_bits
+from oneblock.infer.quantize import Bits, replace, share_head
+from oneblock.model import Decoder
+from oneblock.model.step import Step
+
+DAMP = 0.01  # of the mean of the diagonal, added to it: the paper's
+ROWS = 4  # texts at a time
+
+
+@torch.no_grad()
+def calibrate(model: Decoder, bits: Bits, ids: Tensor, seen: Callable[[int], None] = lambda layer: None) -> Decoder:
+    """Quantise in place to 4 bits, layer after layer, each on what the quantised ones before it make of ids (B, T).
+
+    Experts, and layers that read an image, get the nearest codes.
+    """
+    step = Step(torch.arange(ids.shape[1], device=ids.device)[None], ordered=True)
+    parts = [model.embedded(part, step.positions) for part in ids.split(ROWS)]
+    for layer, block in enumerate(model.blocks):
+        if model.spec.layers[layer].attn.cross:
+            replace(block, bits, lambda name, coded, weight: coded.fill(*in_4_bits(weight, bits.group)))
+            continue
+        with products(block) as sums:
+            for x in parts:
+                block(x, step, layer)
+        replace(block, bits, filler(sums))
+        parts = [block(x, step, layer) for x in parts]
+        seen(layer + 1)
+    rest = nn.ModuleDict({"head": model.head})
+    with products(rest) as sums:
+        for x in parts:
+            model.logits(model.norm(x)[:, ::8])  # one place in eight says enough of the largest matrix's inputs
+    replace(rest, bits, filler(sums))
+    model.head = rest["head"]  # type: ignore[assignment]
+    return share_head(model)
+
+
+@contextmanager
+def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside, the sum of x.T @ x over all inputs x of each linear layer, by its name."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        found = x.T @ x
+        sums[name] = sums[name].add_(found) if name in sums else found
+
+    hooks = []
+    for name, module in root.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(lambda m, args, y, name=name: add(name, args[0])))
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def filler(sums: dict[str, Tensor]) -> Callable[[str, Coded, Tensor], None]:
+    def fill(name: str, coded: Coded, weight: Tensor) -> None:
+        if name in sums:
+            coded.fill(*corrected(weight, sums.pop(name), coded.group))
+        else:
+            coded.fill(*in_4_bits(weight, coded.group))
+
+    return fill
+
+
+def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (N, K), scales and offsets (N, K / group): what a column loses by rounding the later ones take over."""
+    left, upper = weight.float().clone(), inverse_root(products)
+    codes, scales, offsets = torch.empty_like(left, dtype=torch.uint8), [], []
+    for start in range(0, left.shape[1], group):
+        end = start + group
+        here, root = left[:, start:end], upper[start:end, start:end]
+        _, scale, offset = in_4_bits(here, group, products.diagonal()[start:end])
+        wrong = torch.empty_like(here)
+        for j in range(group):
+            code = ((here[:, j] - offset[:, 0]) / scale[:, 0]).round().clamp(0, 15)
+            wrong[:, j] = (here[:, j] - code * scale[:, 0] - offset[:, 0]) / root[j, j]
+            here[:, j:] -= wrong[:, j, None] * root[j, j:]
+            codes[:, start + j] = code.to(torch.uint8)
+        left[:, end:] -= wrong @ upper[start:end, end:]
+        scales.append(scale)
+        offsets.append(offset)
+    return codes, torch.cat(scales, 1), torch.cat(offsets, 1)
+
+
+def inverse_root(products: Tensor) -> Tensor:
+    """The upper triangle U with U.T @ U the inverse of the products (K, K), which are damped until they have one."""
+    diagonal = products.diagonal()
+    damp = DAMP * diagonal.mean().clamp(min=1e-8)
+    while True:
+        lower, wrong = torch.linalg.cholesky_ex(products + torch.diag_embed(damp.expand_as(diagonal)))
+        if not wrong:
+            upper, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not wrong:
+                return upper
+        damp = damp * 10

@@ -1,0 +1,353 @@
+// Products of a few rows with matrices too large for the caches: as fast as the weights come from memory.
+//
+// M rows of x, K numbers each; N rows of w. Needs AVX512 with BF16 and VNNI. Compiled by kernels/build.py against torch's
+// stable interface, in about two seconds.
+
+#include <immintrin.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using u16 = uint16_t;
+
+static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+static inline float widened(u16 x) { uint32_t y = uint32_t(x) << 16; float f; memcpy(&f, &y, 4); return f; }
+static inline u16 narrowed(float x) { u16 y; __m128bh h = _mm_cvtneps_pbh(_mm_set_ss(x)); memcpy(&y, &h, 2); return y; }
+
+// exp of numbers at or below zero, to 2e-7: 2 ** n times a polynomial of what is left.
+static inline __m512 exped(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x));
+  __m512 y = _mm512_set1_ps(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(y, n);
+}
+
+// Several matrices that read the same x, one after another in y.
+struct Places {
+  std::vector<int64_t> starts{0};
+  int64_t end() const { return starts.back(); }
+  size_t of(int64_t n) const { return std::upper_bound(starts.begin(), starts.end(), n) - starts.begin() - 1; }
+};
+
+// Each thread takes one run of rows, in steps of `unit`.
+template <class F>
+static void in_parts(int64_t rows, int64_t unit, const F& f) {
+  int64_t units = (rows + unit - 1) / unit;
+  torch::stable::parallel_for(0, units, 1, [&](int64_t a, int64_t b) { f(a * unit, std::min(b * unit, rows)); });
+}
+
+// ---------------------------------------------------------------- bf16
+
+// R rows of w with B rows of x.
+template <int R, int B>
+static void dots(const u16* w, int64_t K, const u16* x, int64_t ldx, const u16* bias, u16* y, int64_t ldy) {
+  __m512 acc[R][B];
+  #pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 32) {
+    __mmask32 m = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+    __m512bh xs[B];
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) xs[b] = (__m512bh)_mm512_maskz_loadu_epi16(m, x + b * ldx + k);
+    #pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      _mm_prefetch((const char*)(w + (r + R) * K + k), _MM_HINT_T1);
+      __m512bh ws = (__m512bh)_mm512_maskz_loadu_epi16(m, w + r * K + k);
+      #pragma GCC unroll 8
+      for (int b = 0; b < B; b++) acc[r][b] = _mm512_dpbf16_ps(acc[r][b], ws, xs[b]);
+    }
+  }
+  #pragma GCC unroll 8
+  for (int b = 0; b < B; b++)
+    #pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      y[b * ldy + r] = narrowed(_mm512_reduce_add_ps(acc[r][b]) + (bias ? widened(bias[r]) : 0.0f));
+}
+
+template <int R>
+static void all_rows(const u16* w, int64_t K, const u16* x, int64_t M, const u16* bias, u16* y, int64_t ldy) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) dots<R, 4>(w, K, x + m * K, K, bias, y + m * ldy, ldy);
+  for (; m + 2 <= M; m += 2) dots<R, 2>(w, K, x + m * K, K, bias, y + m * ldy, ldy);
+  for (; m < M; m++) dots<R, 1>(w, K, x + m * K, K, bias, y + m * ldy, ldy);
+}
+
+// x (M, K), each w (N, K), biases one for each w or none -> (M, the N's in a row)
+static Tensor linear(Tensor x, Tensors w, Tensors bias) {
+  int64_t K = x.size(-1), M = x.numel() / K;
+  Places at;
+  for (auto& one : w) at.starts.push_back(at.end() + one.size(0));
+  int64_t N = at.end();
+  Tensor y = torch::stable::new_empty(x, {M, N});
+  auto* xs = (const u16*)x.const_data_ptr();
+  auto* ys = (u16*)y.mutable_data_ptr();
+  in_parts(N, 8, [&](int64_t n, int64_t end) {
+    while (n < end) {
+      size_t i = at.of(n);
+      int64_t here = n - at.starts[i], stop = std::min(end, at.starts[i + 1]);
+      auto* ws = (const u16*)w[i].const_data_ptr();
+      auto* bs = bias.empty() ? nullptr : (const u16*)bias[i].const_data_ptr();
+      int64_t R = M == 1 ? 8 : 4;
+      if (stop - n < R) R = 1;
+      const u16 *one = ws + here * K, *b = bs ? bs + here : nullptr;
+      if (R == 8) all_rows<8>(one, K, xs, M, b, ys + n, N);
+      else if (R == 4) all_rows<4>(one, K, xs, M, b, ys + n, N);
+      else all_rows<1>(one, K, xs, M, b, ys + n, N);
+      n += R;
+    }
+  });
+  return y;
+}
+
+// ---------------------------------------------------------------- 8 and 4 bits
+
+// x in whole numbers of 8 bits, in groups of G: x = scale * code, or with `fine` ones scale * (code + fine / 254), which is
+// as good as bf16 itself. `sums` are the sums of each group's x.
+struct Codes {
+  std::vector<int8_t> codes, fine;
+  std::vector<float> scales, sums;
+};
+
+static Codes coded(const u16* x, int64_t M, int64_t K, int64_t G, bool fine) {
+  using Bytes = std::vector<int8_t>;
+  Codes c{Bytes(M * K), Bytes(fine ? M * K : 0), std::vector<float>(M * (K / G)), std::vector<float>(M * (K / G))};
+  int64_t groups = M * K / G;
+  auto one = [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; g++) {
+      __m512 top = _mm512_setzero_ps();
+      for (int64_t k = 0; k < G; k += 16)
+        top = _mm512_max_ps(top, _mm512_abs_ps(widened(_mm256_loadu_si256((const __m256i*)(x + g * G + k)))));
+      float scale = _mm512_reduce_max_ps(top) / 127.0f;
+      __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+      __m512i sum = _mm512_setzero_si512(), rest = sum;
+      for (int64_t k = 0; k < G; k += 16) {
+        __m512 v = _mm512_mul_ps(widened(_mm256_loadu_si256((const __m256i*)(x + g * G + k))), inverse);
+        __m512i q = _mm512_cvtps_epi32(v);
+        sum = _mm512_add_epi32(sum, q);
+        _mm_storeu_si128((__m128i*)(c.codes.data() + g * G + k), _mm512_cvtsepi32_epi8(q));
+        if (!fine) continue;
+        q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(v, _mm512_cvtepi32_ps(q)), _mm512_set1_ps(254.0f)));
+        rest = _mm512_add_epi32(rest, q);
+        _mm_storeu_si128((__m128i*)(c.fine.data() + g * G + k), _mm512_cvtsepi32_epi8(q));
+      }
+      c.scales[g] = scale;
+      c.sums[g] = scale * ((float)_mm512_reduce_add_epi32(sum) + (float)_mm512_reduce_add_epi32(rest) / 254.0f);
+    }
+  };
+  if (M <= 4) one(0, groups);
+  else torch::stable::parallel_for(0, groups, 64, one);
+  return c;
+}
+
+static inline __m512i four(const int8_t* x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
+
+// 16 rows of w (a tile) with B rows of x. 8 bits: bytes [K / 4][16 rows][4], codes + 128, a scale for each row.
+template <int B>
+static void tile8(const uint8_t* w, const float* scale, int64_t K, int64_t G, const Codes& x, int64_t m, __m512* out) {
+  __m512 acc[B];
+#pragma GCC unroll 8
+  for (int b = 0; b < B; b++) acc[b] = _mm512_setzero_ps();
+  int64_t groups = K / G;
+  for (int64_t g = 0; g < groups; g++) {
+    __m512i sum[B], rest[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) sum[b] = rest[b] = _mm512_setzero_si512();
+    for (int64_t k = g * G; k < (g + 1) * G; k += 4) {
+      _mm_prefetch((const char*)w + k * 16 + 2048, _MM_HINT_T0);
+      __m512i codes = _mm512_loadu_si512(w + k * 16);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        int64_t at = (m + b) * K + k;
+        sum[b] = _mm512_dpbusd_epi32(sum[b], codes, four(x.codes.data() + at));
+        rest[b] = _mm512_dpbusd_epi32(rest[b], codes, four(x.fine.data() + at));
+      }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+      __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest[b]), _mm512_set1_ps(1.0f / 254.0f), _mm512_cvtepi32_ps(sum[b]));
+      acc[b] = _mm512_fmadd_ps(dot, _mm512_set1_ps(x.scales[(m + b) * groups + g]), acc[b]);
+      acc[b] = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), _mm512_set1_ps(x.sums[(m + b) * groups + g]), acc[b]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < B; b++) out[b] = _mm512_mul_ps(acc[b], _mm512_loadu_ps(scale));
+}
+
+// 4 bits: bytes [K / 8][16 rows][4], low halves the first four of eight numbers; w = scale * code + offset in groups of G,
+// scales and offsets [K / G][16 rows] in fp16.
+template <int B>
+static void tile4(const uint8_t* w, const u16* scale, const u16* offset, int64_t K, int64_t G, const Codes& x, int64_t m,
+                  __m512* out) {
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 acc[B];
+  #pragma GCC unroll 8
+  for (int b = 0; b < B; b++) acc[b] = _mm512_setzero_ps();
+  int64_t groups = K / G;
+  for (int64_t g = 0; g < groups; g++) {
+    __m512i sum[B], odd[B];
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) sum[b] = odd[b] = _mm512_setzero_si512();
+    for (int64_t k = g * G; k < (g + 1) * G; k += 8) {
+      _mm_prefetch((const char*)w + k * 8 + 2048, _MM_HINT_T0);
+      __m512i both = _mm512_loadu_si512(w + k * 8);
+      __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      #pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        const int8_t* xs = x.codes.data() + (m + b) * K + k;
+        sum[b] = _mm512_dpbusd_epi32(sum[b], first, four(xs));
+        odd[b] = _mm512_dpbusd_epi32(odd[b], second, four(xs + 4));
+      }
+    }
+    __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scale + g * 16)));
+    __m512 o = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(offset + g * 16)));
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+      __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[b], odd[b]));
+      dot = _mm512_mul_ps(dot, _mm512_set1_ps(x.scales[(m + b) * groups + g]));
+      acc[b] = _mm512_fmadd_ps(s, dot, acc[b]);
+      acc[b] = _mm512_fmadd_ps(o, _mm512_set1_ps(x.sums[(m + b) * groups + g]), acc[b]);
+    }
+  }
+  #pragma GCC unroll 8
+  for (int b = 0; b < B; b++) out[b] = acc[b];
+}
+
+struct Matrix {
+  const uint8_t* codes;
+  const void *scale, *offset;  // no offset: 8 bits
+  const u16* bias;
+  int64_t rows;
+};
+
+template <int B>
+static void tile(const Matrix& w, int64_t t, int64_t K, int64_t G, const Codes& x, int64_t m, u16* y, int64_t ldy) {
+  __m512 out[B];
+  if (w.offset)
+    tile4<B>(w.codes + t * K * 8, (const u16*)w.scale + t * (K / G) * 16, (const u16*)w.offset + t * (K / G) * 16, K, G, x, m,
+             out);
+  else
+    tile8<B>(w.codes + t * K * 16, (const float*)w.scale + t * 16, K, G, x, m, out);
+  int64_t n = t * 16, count = std::min<int64_t>(16, w.rows - n);
+  __mmask16 mask = count == 16 ? 0xffff : (1u << count) - 1;
+  #pragma GCC unroll 8
+  for (int b = 0; b < B; b++) {
+    if (w.bias) out[b] = _mm512_add_ps(out[b], widened(_mm256_maskz_loadu_epi16(mask, w.bias + n)));
+    _mm256_mask_storeu_epi16(y + (m + b) * ldy + n, mask, (__m256i)_mm512_cvtneps_pbh(out[b]));
+  }
+}
+
+// x (M, K); each w of `rows` rows in tiles, with its scales; offsets for 4 bits, none for 8; biases or none.
+static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors offsets, Tensors biases,
+                           std::vector<int64_t> rows, int64_t G) {
+  int64_t K = x.size(-1), M = x.numel() / K;
+  Places at, tiles;
+  std::vector<Matrix> w;
+  for (size_t i = 0; i < codes.size(); i++) {
+    w.push_back({(const uint8_t*)codes[i].const_data_ptr(), scales[i].const_data_ptr(),
+                 offsets.empty() ? nullptr : offsets[i].const_data_ptr(),
+                 biases.empty() ? nullptr : (const u16*)biases[i].const_data_ptr(), rows[i]});
+    at.starts.push_back(at.end() + rows[i]);
+    tiles.starts.push_back(tiles.end() + (rows[i] + 15) / 16);
+  }
+  int64_t N = at.end();
+  Tensor y = torch::stable::new_empty(x, {M, N});
+  auto* ys = (u16*)y.mutable_data_ptr();
+  Codes c = coded((const u16*)x.const_data_ptr(), M, K, G, offsets.empty());
+  in_parts(tiles.end(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      size_t i = tiles.of(t);
+      u16* out = ys + at.starts[i];
+      int64_t here = t - tiles.starts[i], m = 0;
+      for (; m + 8 <= M; m += 8) tile<8>(w[i], here, K, G, c, m, out, N);
+      for (; m + 4 <= M; m += 4) tile<4>(w[i], here, K, G, c, m, out, N);
+      for (; m + 2 <= M; m += 2) tile<2>(w[i], here, K, G, c, m, out, N);
+      for (; m < M; m++) tile<1>(w[i], here, K, G, c, m, out, N);
+    }
+  });
+  return y;
+}
+
+// ---------------------------------------------------------------- attention with one query
+
+// Scores to weights that are still to be divided by the sum it returns; L a multiple of 16.
+static float softmax(float* p, int64_t L) {
+  __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < L; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(p + i));
+  top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+  for (int64_t i = 0; i < L; i += 16) {
+    __m512 y = exped(_mm512_sub_ps(_mm512_loadu_ps(p + i), top));
+    sum = _mm512_add_ps(sum, y);
+    _mm512_storeu_ps(p + i, y);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// The heads that share keys, over all columns with a mark. q (heads, D), y (heads, D); D a multiple of 32.
+static void read_group(const u16* q, const u16* k, const u16* v, const bool* seen, int64_t heads, int64_t S, int64_t D,
+                       float scale, std::vector<float>& p, u16* y) {
+  int64_t L = (S + 15) / 16 * 16;
+  p.assign(heads * L, -INFINITY);
+  std::vector<float> sum(heads), acc(heads * D, 0.0f);
+  for (int64_t s = 0; s < S; s++) {
+    if (!seen[s]) continue;
+    for (int64_t h = 0; h < heads; h++) {
+      __m512 dot = _mm512_setzero_ps();
+      for (int64_t d = 0; d < D; d += 32)
+        dot = _mm512_dpbf16_ps(dot, (__m512bh)_mm512_loadu_si512(q + h * D + d), (__m512bh)_mm512_loadu_si512(k + s * D + d));
+      p[h * L + s] = _mm512_reduce_add_ps(dot) * scale;
+    }
+  }
+  for (int64_t h = 0; h < heads; h++) sum[h] = softmax(p.data() + h * L, L);
+  for (int64_t s = 0; s < S; s++) {
+    if (!seen[s]) continue;
+    for (int64_t d = 0; d < D; d += 16) {
+      __m512 value = widened(_mm256_loadu_si256((const __m256i*)(v + s * D + d)));
+      for (int64_t h = 0; h < heads; h++) {
+        float* a = acc.data() + h * D + d;
+        _mm512_storeu_ps(a, _mm512_fmadd_ps(_mm512_set1_ps(p[h * L + s]), value, _mm512_loadu_ps(a)));
+      }
+    }
+  }
+  for (int64_t i = 0; i < heads * D; i++) y[i] = narrowed(acc[i] / sum[i / D]);
+}
+
+// q (B, H, 1, D) over k, v (B, K, S, D) with columns and numbers in a row; seen (B or 1, S) -> (B, H, 1, D)
+static Tensor attend(Tensor q, Tensor k, Tensor v, Tensor seen, double scale) {
+  int64_t B = q.size(0), H = q.size(1), D = q.size(3), KV = k.size(1), S = k.size(2), heads = H / KV;
+  Tensor y = torch::stable::new_empty(q, {B, H, 1, D});
+  auto *qs = (const u16*)q.const_data_ptr(), *ks = (const u16*)k.const_data_ptr(), *vs = (const u16*)v.const_data_ptr();
+  auto* marks = (const bool*)seen.const_data_ptr();
+  auto* ys = (u16*)y.mutable_data_ptr();
+  int64_t kb = k.stride(0), kh = k.stride(1), vb = v.stride(0), vh = v.stride(1), row = seen.size(0) > 1 ? S : 0;
+  torch::stable::parallel_for(0, B * KV, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> p;
+    for (int64_t i = begin; i < end; i++) {
+      int64_t b = i / KV, h = i % KV, at = (b * H + h * heads) * D;
+      read_group(qs + at, ks + b * kb + h * kh, vs + b * vb + h * vh, marks + b * row, heads, S, D, scale, p, ys + at);
+    }
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY(oneblock_rows, m) {
+  m.def("linear(Tensor x, Tensor[] w, Tensor[] bias) -> Tensor");
+  m.def("linear_coded(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] offsets, Tensor[] biases, int[] rows, int group) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor seen, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(oneblock_rows, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_coded", TORCH_BOX(&linear_coded));
+  m.impl("attend", TORCH_BOX(&attend));
+}

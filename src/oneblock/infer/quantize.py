@@ -1,0 +1,213 @@
+"""A model's matrices in 8 or 4 bits: made from a finished model, saved as a folder, loaded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from oneblock.errors import OneblockError
+from oneblock.infer.coded import Coded, in_4_bits, in_8_bits
+from oneblock.model import Decoder
+from oneblock.model.mlp import Experts, activate
+from oneblock.store.config import CONFIG, QUANTIZED, read_config, write_config
+from oneblock.store.load import SINGLE, as_dtype, on_meta
+
+EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How many, and of how many columns each group is that shares a scale (4 bits; 8 bits have one for each row)."""
+
+    bits: int = 8
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 4):
+            raise OneblockError(f"weights in {self.bits} bits: choose 8 or 4")
+        if self.bits == 4 and self.group not in (32, 64, 128):
+            raise OneblockError(f"groups of {self.group}: choose 32, 64 or 128")
+
+
+# What a layer's weights (N, K) become: codes, scales, and offsets of 4 bits. By the layer's name
+Coder = Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def nearest(bits: Bits) -> Coder:
+    """Each number to the nearest code."""
+
+    def code(name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return in_4_bits(weight, bits.group) if bits.bits == 4 else (*in_8_bits(weight), None)
+
+    return code
+
+
+class CodedEmbedding(nn.Module):
+    """Rows of the output matrix as input embeddings, where the two are one."""
+
+    def __init__(self, head: Coded, like: Tensor):
+        super().__init__()
+        self.head, self.dtype = [head], like.dtype  # in a list: it is not a module of this one's own
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head[0].rows(ids.flatten()).view(*ids.shape, -1).to(self.dtype)
+
+
+class CodedExperts(nn.Module):
+    """`Experts`, each a list of coded matrices."""
+
+    def __init__(self, experts: Experts, make: Callable[[str, Tensor, Tensor | None], Coded]):
+        super().__init__()
+        self.spec, self.n_experts = experts.spec, experts.n_experts
+
+        def each(name: str) -> nn.ModuleList | None:
+            weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias")
+            if weight is None:
+                return None
+            return nn.ModuleList(
+                make(f"{name}.{e}", w, None if bias is None else bias[e]) for e, w in enumerate(weight)
+            )
+
+        self.gate, self.up, self.down = each("gate"), each("up"), each("down")
+
+    def forward(self, x: Tensor, expert: Tensor, dropout: float = 0.0) -> Tensor:
+        """Each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""
+        assert self.up is not None
+        assert self.down is not None
+        counts = torch.bincount(expert, minlength=self.n_experts).tolist()
+        parts = []
+        for e, rows in enumerate(x.split(counts)):
+            if len(rows):
+                gate = None if self.gate is None else self.gate[e](rows)
+                h = activate(self.spec, self.up[e](rows), gate)
+                parts.append(self.down[e](F.dropout(h, dropout) if dropout else h))
+        return torch.cat(parts)
+
+
+def quantize(model: Decoder, bits: Bits, coder: Coder | None = None) -> Decoder:
+    """In place: matrices of the blocks and the head become codes; embeddings, norms, biases and routers stay.
+
+    A matrix whose columns no group divides stays, too. `coder` chooses the codes; left out, the nearest ones.
+    """
+    code = coder or nearest(bits)
+    replace(model, bits, lambda name, coded, weight: coded.fill(*code(name, weight)))
+    return share_head(model)
+
+
+Fill = Callable[[str, Coded, Tensor], None]  # give a coded layer of this name the codes of these weights
+
+
+def replace(root: nn.Module, bits: Bits, fill: Fill) -> None:
+    """Put coded layers in the place of plain ones, one after another, so that both are never held whole."""
+    group = bits.group if bits.bits == 4 else 0
+
+    def coded(name: str, weight: Tensor, bias: Tensor | None) -> Coded:
+        with weight.device:
+            new = Coded(weight.shape[0], weight.shape[1], group, bias)
+        fill(name, new, weight.detach())
+        return new
+
+    for name, module in list(root.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith(EXACT) and fits(module.weight, group):
+            put(root, name, coded(name, module.weight, module.bias))
+        if isinstance(module, Experts) and fits(module.up[0], group) and fits(module.down[0], group):
+            put(root, name, CodedExperts(module, lambda part, w, b, of=name: coded(f"{of}.{part}", w, b)))
+
+
+def share_head(model: Decoder) -> Decoder:
+    """Where the output matrix is the embedding, words are read from its codes."""
+    if model.spec.tied and isinstance(model.head, Coded):
+        model.embed = cast(Any, CodedEmbedding(model.head, model.embed.weight))
+    return model
+
+
+def fits(weight: Tensor, group: int) -> bool:
+    return weight.shape[1] % (group or 16) == 0
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, new)
+
+
+# ------------------------------------------------------------------ folders
+
+
+def quantized(config: Mapping[str, Any]) -> Bits | None:
+    """What a config.json says of its folder's codes; None where its weights are plain."""
+    found = config.get("quantization_config") or {}
+    if found.get("quant_method") != QUANTIZED:
+        return None
+    return Bits(found.get("bits", 8), found.get("group", 64))
+
+
+def bits_of(model: Decoder) -> Bits | None:
+    """How a model's matrices are held; None: plain."""
+    found = next((m for m in model.modules() if isinstance(m, Coded)), None)
+    return None if found is None else Bits(found.bits, found.group or 64)
+
+
+def write_quantized(folder: Path, model: Decoder, bits: Bits, config: Mapping[str, Any] | None = None) -> None:
+    """config.json and the weights, codes and scales under the model's own names."""
+    plain = dict(config) if config else write_config(model.spec)
+    state = {name: x.contiguous() for name, x in tensors(model)}
+    save_file(state, folder / SINGLE, {"format": "oneblock"})
+    more = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization_config": {"quant_method": QUANTIZED, **asdict(bits)},
+    }
+    (folder / CONFIG).write_text(json.dumps({**plain, **more}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and codes, a tied matrix once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def load_quantized(
+    folder: Path, bits: Bits, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[Decoder, dict[str, Any]]:
+    """The model of a folder that `write_quantized` made, and its configuration.
+
+    OneblockError names what is missing, or of another size.
+    """
+    spec, config = read_config(folder)
+    model, path = on_meta(spec), folder / SINGLE
+    with torch.device("meta"):
+        replace(model, bits, lambda name, coded, weight: None)
+    share_head(model)
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            fill(model, path, {name: file.get_tensor(name) for name in file.keys()}, as_dtype(dtype))  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise OneblockError(f"{path}: {str(e).splitlines()[0]}; quantize the model again") from None
+    if isinstance(model.embed, CodedEmbedding):
+        model.embed.dtype = model.dtype
+    return model, config
+
+
+def fill(model: Decoder, path: Path, stored: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    wanted = dict(tensors(model))
+    strange = wanted.keys() ^ stored.keys()
+    if strange:
+        name = min(strange)
+        said = "is missing" if name in wanted else "has no place in this model"
+        raise OneblockError(f"{path}: tensor {name!r} {said}: quantize the model again")
+    for name, like in wanted.items():
+        x = stored[name]
+        if x.shape != like.shape:
+            raise OneblockError(f"{path}: tensor {name!r} has shape {list(x.shape)}, not {list(like.shape)}")
+        owner, _, key = name.rpartition(".")
+        if isinstance(like, nn.Parameter):
+            x = nn.Parameter(x.to(dtype) if dtype else x, requires_grad=False)
+        setattr(model.get_submodule(owner), key, x)

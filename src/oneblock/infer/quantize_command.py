@@ -1,0 +1,147 @@
+"""`oneblock quantize`: fewer bits, and what they cost."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from oneblock.errors import OneblockError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from oneblock.infer.llm import LLM
+    from oneblock.infer.quality import Quality
+    from oneblock.infer.quantize import Bits
+
+CONTEXT = 512  # tokens in a row of a text that calibrates or compares
+ROWS = 32  # of them
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Write a model with its matrices in 8 or 4 bits, or compare the ways of doing so."""
+
+    model: Positional[str]  # a model's folder, a .gguf file, or its org/name on the hub
+    out: Positional[Path]  # the folder to write
+    bits: int = 8  # 8 or 4
+    group: int = 64  # columns that share a scale, in 4 bits: 32, 64 or 128
+    calibrate: Path | None = None  # a text whose activations choose the 4-bit codes (GPTQ): slower, and closer
+    report: bool = False  # write no model but a table and a plot of all ways, on --text
+    text: Path | None = None  # what --report reads
+    json: bool = False  # print the table as JSON
+
+
+def quantize(options: QuantizeOptions) -> None:
+    from oneblock.infer.llm import load
+    from oneblock.infer.quantize import Bits
+
+    bits = Bits(options.bits, options.group)
+    if options.calibrate and bits.bits != 4 and not options.report:
+        raise OneblockError("--calibrate is for 4 bits: 8 bits have no use for it")
+    if options.report:
+        report(options)
+        return
+    llm = load(options.model, "bfloat16")
+    before = size(llm)
+    shrink(llm, bits, options.calibrate)
+    llm.save(options.out)
+    print(f"{before / 1e9:.3g} GB in bf16, {size(llm) / 1e9:.3g} GB in {bits.bits} bits: {options.out}")
+
+
+def size(llm: LLM) -> int:
+    return sum(x.nbytes for x in (*llm.model.parameters(), *llm.model.buffers()))
+
+
+def shrink(llm: LLM, bits: Bits, text: Path | None) -> None:
+    """In place."""
+    from oneblock.infer import quantize as plain
+    from oneblock.infer.calibrate import calibrate
+
+    if text is None:
+        plain.quantize(llm.model, bits)
+        return
+    console = Console(stderr=True)
+    with console.status("calibrating") as status:
+        calibrate(llm.model, bits, rows(llm, text), lambda n: status.update(f"layer {n} of {llm.spec.n_layers}"))
+
+
+def rows(llm: LLM, path: Path, last: bool = False) -> Tensor:
+    """A text's first or last rows of ids, (B, T)."""
+    import torch
+
+    if not path.is_file():
+        raise OneblockError(f"{path}: there is no such text file")
+    ids = llm.encode(path.read_text(encoding="utf-8", errors="replace"))
+    length = min(CONTEXT, llm.spec.context)
+    if len(ids) < length:
+        raise OneblockError(f"{path}: has {len(ids)} tokens; give a text of at least {length}")
+    count = min(len(ids) // length, ROWS)
+    return torch.tensor(ids[-count * length :] if last else ids[: count * length]).view(count, length)
+
+
+# ------------------------------------------------------------------ report
+
+
+def report(options: QuantizeOptions) -> None:
+    """A table, quantize.json and quantize.png of every way beside bf16."""
+    if options.text is None:
+        raise OneblockError("--report needs a text to read: --text FILE")
+    found = compared(options, options.text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = jsonlib.dumps([asdict(q) for q in found], indent=1)
+    (options.out / "quantize.json").write_text(lines + "\n", encoding="utf-8")
+    plot(found, options.out / "quantize.png")
+    print(lines if options.json else table(found))
+
+
+def compared(options: QuantizeOptions, text: Path) -> list[Quality]:
+    from oneblock.infer.llm import load
+    from oneblock.infer.quality import quality, reference
+    from oneblock.infer.quantize import Bits
+
+    plain = load(options.model, "bfloat16")
+    ids = rows(plain, text, last=True)[:8]
+    expected = reference(plain.model, ids)
+    found = [quality("bf16", plain.model, ids, expected)]
+    del plain
+    ways = [("8 bits", Bits(8), None)] + [(f"4 bits, group {g}", Bits(4, g), None) for g in (32, 64, 128)]
+    if options.calibrate:
+        ways += [(f"4 bits, group {g}, calibrated", Bits(4, g), options.calibrate) for g in (32, 64, 128)]
+    for name, bits, by in ways:
+        llm = load(options.model, "bfloat16")
+        shrink(llm, bits, by)
+        found.append(quality(name, llm.model, ids, expected))
+    return found
+
+
+def table(found: list[Quality]) -> str:
+    lines = [f"{'':<28}{'MB':>9}{'tokens/s':>10}{'perplexity':>12}{'to bf16':>9}{'KL':>9}{'same top':>10}"]
+    for q in found:
+        more = q.perplexity / found[0].perplexity - 1
+        lines.append(
+            f"{q.name:<28}{q.bytes / 1e6:>9,.1f}{q.speed:>10.1f}{q.perplexity:>12.4f}{more:>+9.2%}{q.divergence:>9.4f}"
+            f"{q.agreement:>10.1%}"
+        )
+    return "\n".join(lines)
+
+
+def plot(found: list[Quality], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for q in found[1:]:
+        left.scatter(q.bytes / 1e6, q.divergence, label=q.name)
+        right.scatter(q.speed, q.perplexity / found[0].perplexity)
+    right.scatter(found[0].speed, 1.0, color="black", label="bf16")
+    right.legend()
+    left.set(xlabel="MB", ylabel="KL divergence to bf16, nats", ylim=(0, None))
+    right.set(xlabel="tokens/s, one text", ylabel="perplexity, bf16 = 1")
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

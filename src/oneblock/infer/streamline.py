@@ -1,0 +1,131 @@
+"""A finished model made ready to decode on a CPU: products that stream weights, several matrices in one product.
+
+Done from outside and in place; parameters and their names stay. Without kernels torch's products stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oneblock.infer.coded import Coded
+from oneblock.infer.kernels.build import available
+from oneblock.model import Decoder
+from oneblock.model.attention import Attention
+from oneblock.model.mlp import Mlp
+from oneblock.model.step import Step
+
+MOST = 16  # rows up to which bf16 and 8 bits stream faster than torch's product, which wins with more; 4 bits always
+
+
+class Streamed(nn.Linear):
+    """nn.Linear whose products of few rows go as fast as the memory."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(input, (self,))[0]
+
+    def plain(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+Layer = Streamed | Coded
+
+
+def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
+    """What each layer makes of x (.., K)."""
+    kernels = x.device.type == "cpu" and x.dtype == torch.bfloat16 and available()
+    coded = [layer for layer in layers if isinstance(layer, Coded)]
+    few = x.numel() <= MOST * x.shape[-1]
+    if not kernels or not (few or (coded and coded[0].bits == 4)) or len(coded) not in (0, len(layers)):
+        return [layer.plain(x) for layer in layers]
+    x, shape = x.contiguous(), x.shape[:-1]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    sizes = [layer.out_features for layer in layers]
+    if coded:
+        offsets = [layer.offset for layer in coded if layer.offset is not None]
+        codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
+        y = torch.ops.oneblock_rows.linear_coded(x, codes, scales, offsets, biases, sizes, coded[0].block)
+    else:
+        y = torch.ops.oneblock_rows.linear(x, [cast(Streamed, layer).weight for layer in layers], biases)
+    return y.view(*shape, -1).split(sizes, -1) if len(sizes) > 1 else (y.view(*shape, -1),)
+
+
+class Project:
+    """`Attention.project` as one product."""
+
+    def __init__(self, attn: Attention):
+        self.attn = attn
+
+    def __call__(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn = cast(Any, self.attn)
+        q, k, v = product(x, (attn.wq, attn.wk, attn.wv))
+        return q, k, v
+
+
+class Widen:
+    """`Mlp.widen` as one product."""
+
+    def __init__(self, mlp: Mlp):
+        self.mlp = mlp
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mlp = cast(Any, self.mlp)
+        up, gate = product(x, (mlp.up, mlp.gate))
+        return up, gate
+
+
+class Read:
+    """`Attention.read` for one query: each key is read once for all heads that share it."""
+
+    def __init__(self, attn: Attention):
+        self.attn, self.read = attn, attn.read
+        self.scale = attn.spec.scale or attn.spec.head_dim**-0.5
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
+        fits = q.shape[2] == 1 and q.dtype == k.dtype == torch.bfloat16 and q.device.type == "cpu"
+        if not fits or step.documents is not None or not available():
+            return self.read(q, k, v, step, layer)
+        keys = k.shape[2]
+        seen = step.mask(self.attn.spec, layer, slice(0, 1), slice(0, keys))[:, 0, 0]
+        return torch.ops.oneblock_rows.attend(q.contiguous(), k, v, seen.contiguous(), self.scale)
+
+
+def streamline(model: Decoder) -> None:
+    """In place. Does nothing but on CPUs, and nothing twice."""
+    if model.device.type != "cpu":
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, streamed(child))
+    for module in model.modules():
+        if isinstance(module, Attention) and "project" not in vars(module):
+            join_attention(module)
+        if isinstance(module, Mlp) and module.gate is not None and alike(module.up, module.gate):
+            module.widen = Widen(module)
+
+
+def join_attention(attn: Attention) -> None:
+    a = attn.spec
+    if not a.cross and alike(attn.wq, attn.wk, attn.wv):
+        attn.project = Project(attn)
+    if not a.cross and a.softcap is None and attn.sinks is None and a.head_dim % 32 == 0:
+        attn.read = Read(attn)
+
+
+def streamed(linear: nn.Linear) -> Streamed:
+    """The same layer, with the same parameters."""
+    with torch.device("meta"):
+        new = Streamed(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    new.weight, new.bias = linear.weight, linear.bias
+    return new
+
+
+def alike(*layers: nn.Module) -> bool:
+    """Whether one product can do them all: of one kind, all with a bias or none."""
+    kinds = {(type(x), x.bits if isinstance(x, Coded) else 0, getattr(x, "bias", None) is None) for x in layers}
+    return len(kinds) == 1 and isinstance(layers[0], Layer)

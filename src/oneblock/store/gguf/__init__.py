@@ -1,0 +1,15 @@
+"""GGUF, the one-file form of llama.cpp and its kin: read as a model with its tokenizer, and written from them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from oneblock.errors import OneblockError
+
+if find_spec("gguf") is None:  # the library, an extra of this package
+    raise OneblockError("GGUF files need a library: pip install 'oneblock[gguf]'")
+
+from oneblock.store.gguf.read import load_gguf
+from oneblock.store.gguf.write import save_gguf
+
+__all__ = ["load_gguf", "save_gguf"]

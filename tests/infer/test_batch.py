@@ -1,0 +1,297 @@
+"""A file of prompts: each reply is the one it would get alone, once, whatever stops the run between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import oneblock
+from oneblock import OneblockError, cli
+from oneblock.infer import batch
+from oneblock.infer.batch import Output, Reader, Result, complete_file, replies, rows_that_fit
+from oneblock.infer.generate import Texts
+from oneblock.infer.llm import LLM
+from oneblock.model import Decoder, init_weights
+from oneblock.spec import FAMILIES
+from oneblock.text.train import byte_level
+
+END = 256
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    model = Decoder(oneblock.spec("llama", vocab=257, context=200, dim=32, n_layers=2, n_heads=2, hidden=48))
+    init_weights(model, 1)
+    return LLM(model, byte_level(), generation={"eos_token_id": END})
+
+
+@pytest.fixture(scope="module")
+def folder(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("batch") / "model"
+    llm.save(folder)
+    return folder
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def some(n: int) -> list[dict[str, Any]]:
+    """Prompts of many lengths, half of them greedy, each with its own limit."""
+    rows: list[dict[str, Any]] = []
+    for i in range(n):
+        row = {"id": f"p{i}", "prompt": "ab " * (i * 7 % 13) + "x", "max_tokens": 3 + i * 11 % 40, "seed": i}
+        rows.append(row | ({"temperature": 0} if i % 2 else {"temperature": 1.3, "top_p": 0.95}))
+    rows[3] |= {"stop": ["a"], "repetition_penalty": 1.3}
+    rows[4] = {"id": 4, "prompt": [1, 2, 3], "max_tokens": 9, "temperature": 0}
+    rows[5] |= {"regex": "[ab]{5,9}"}
+    rows[6] |= {"choices": ["yes", "no"], "logit_bias": {"110": 50}}
+    return rows
+
+
+def alone(llm: LLM, row: dict[str, Any]) -> tuple[Any, ...]:
+    options = {name: value for name, value in row.items() if name not in ("id", "prompt")}
+    if "logit_bias" in options:
+        options["logit_bias"] = {int(id): bias for id, bias in options["logit_bias"].items()}
+    found = llm.generate(row["prompt"], **options)
+    return found.text, found.ids, found.finish_reason, len(found.prompt_ids)
+
+
+# ------------------------------------------------------------------ the replies
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64])
+def test_every_reply_is_what_it_would_be_alone(llm: LLM, tmp_path: Path, size: int) -> None:
+    pytest.importorskip("llguidance")
+    rows = some(24)
+    complete_file(llm, written(tmp_path / "in", rows), tmp_path / "out", size, {})
+    found = {row["id"]: row for row in read(tmp_path / "out")}
+    assert len(read(tmp_path / "out")) == len(found) == 24
+    for row in rows:
+        got = found[row["id"]]
+        assert (got["text"], got["ids"], got["finish_reason"], got["prompt_tokens"]) == alone(llm, row)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "phi3", "mixtral", "gpt_oss"])
+def test_rows_that_go_on_are_read_again(name: str) -> None:
+    """Windows, learned positions, LongRoPE, experts."""
+    model = Decoder(FAMILIES[name]())
+    init_weights(model, 3)
+    llm = LLM(model)
+    rows = [{"prompt": [(i * j) % 50 for j in range(1, 4 + i * 5)], "max_tokens": 2 + i * 7 % 30} for i in range(12)]
+    jobs = [Reader(llm, {"seed": 0}).job(n, row) for n, row in enumerate(rows, 1)]
+    found = {result.id: result.ids for result in replies(llm, jobs, 4)}
+    expected = [llm.generate(r["prompt"], max_tokens=r["max_tokens"], seed=n) for n, r in enumerate(rows)]
+    assert [found[n] for n in range(1, 13)] == [reply.ids for reply in expected]
+
+
+def test_batches_are_kept_full(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    advance = Texts.advance
+    monkeypatch.setattr(Texts, "advance", lambda self: (sizes.append(len(self.rows)), advance(self))[1])
+    rows = [{"prompt": "x", "max_tokens": 5 + i * 7 % 50, "ignore_eos": True} for i in range(24)]
+    jobs = [Reader(llm, {"seed": 0}).job(n, row) for n, row in enumerate(rows, 1)]
+    assert len(list(replies(llm, jobs, 8))) == 24
+    refills = [i for i in range(1, len(sizes)) if sizes[i] > sizes[i - 1]]
+    assert len(refills) > 2
+    assert max(sizes) == 8
+    assert min(sizes[: refills[-1]]) > 4
+
+
+def test_a_reply_that_cannot_go_on_is_said_and_the_others_go_on(llm: LLM, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    rows = some(8)
+    rows[2] = {"id": "bad", "prompt": "x", "choices": ["a"], "logit_bias": {str(ord("a")): -1e999}}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "in").write_text(text)
+    complete_file(llm, tmp_path / "in", tmp_path / "out", 4, {})
+    found = {row["id"]: row for row in read(tmp_path / "out")}
+    assert found["bad"]["finish_reason"] == "error"
+    assert "no token may follow" in found["bad"]["error"]
+    assert sum("error" in row for row in found.values()) == 1
+    assert found["p1"]["ids"] == alone(llm, rows[1])[1]
+
+
+def test_what_fits(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Reader(llm, {"max_tokens": 20}).job(n, {"prompt": "abc"}) for n in (1, 2)]
+    assert rows_that_fit(llm, jobs) == 32
+    keys = 2 * oneblock.plan(llm.spec, 23, dtype="float32").kv_bytes
+    monkeypatch.setattr(batch, "free_memory", lambda device: 2 * 7 * (keys + 16 * 257 + 64 * 3 * 32))
+    assert rows_that_fit(llm, jobs) == 7
+    monkeypatch.setattr(batch, "free_memory", lambda device: 1)
+    assert rows_that_fit(llm, jobs) == 1
+
+
+# ------------------------------------------------------------------ stopping and going on
+
+
+def test_a_killed_run_goes_on(folder: Path, llm: LLM, tmp_path: Path) -> None:
+    rows: list[Any] = [{"prompt": "x" * (1 + i % 9), "max_tokens": 60, "ignore_eos": True} for i in range(40)]
+    source, target = written(tmp_path / "in", rows), tmp_path / "out"
+    flags = ["generate", str(folder), "--input", str(source), "--output", str(target), "--batch-size", "2"]
+    flags += ["--seed", "7"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "oneblock", *flags], env=env, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and (not target.exists() or target.read_bytes().count(b"\n") < 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = [line for line in target.read_text("utf-8").split("\n")[:-1]]
+    assert 6 <= len(kept) < 40
+    with target.open("a") as file:
+        file.write('{"id": 40, "text": "hal')
+    assert cli.main(flags) == 0
+    found = read(target)
+    assert [json.dumps(row, ensure_ascii=False) for row in found[: len(kept)]] == kept
+    assert sorted(row["id"] for row in found) == list(range(1, 41))
+    for row in found:
+        expected = llm.generate(rows[row["id"] - 1]["prompt"], max_tokens=60, ignore_eos=True, seed=6 + row["id"])
+        assert row["ids"] == expected.ids
+    before = target.read_bytes()
+    assert cli.main(flags) == 0  # nothing is left to do
+    assert target.read_bytes() == before
+
+
+def test_an_interrupt_keeps_what_is_done(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source = written(tmp_path / "in", some(12))
+    write, count = Output.write, 0
+
+    def interrupted(self: Output, result: Result) -> None:
+        nonlocal count
+        write(self, result)
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        complete_file(llm, source, tmp_path / "out", 3, {})
+    assert "5 of 12 prompts done" in capsys.readouterr().err
+    monkeypatch.setattr(Output, "write", write)
+    complete_file(llm, source, tmp_path / "out", 3, {})
+    assert "12 of 12 prompts done, 5 of them before" in capsys.readouterr().err
+    assert len({row["id"] for row in read(tmp_path / "out")}) == len(read(tmp_path / "out")) == 12
+
+
+def test_what_is_in_the_way_is_refused(llm: LLM, tmp_path: Path) -> None:
+    source = written(tmp_path / "in", some(7))
+    out = tmp_path / "out"
+    for text, message in (
+        ("nonsense\n", "line 1 is no reply"),
+        ('{"id": "p1", "prompt": "x"}\n', "line 1 is no reply"),
+        ('{"id": "p1", "finish_reason": "stop"}\n{"id": "other", "finish_reason": "stop"}\n', "no prompt 'other'"),
+    ):
+        out.write_text(text)
+        with pytest.raises(OneblockError, match=message):
+            complete_file(llm, source, out, 2, {})
+        assert out.read_text() == text
+    with pytest.raises(OneblockError, match="is the input"):
+        complete_file(llm, source, tmp_path / "." / "in", 2, {})
+    with pytest.raises(OneblockError, match="No such file"):
+        complete_file(llm, source, tmp_path / "no" / "out", 2, {})
+    with pytest.raises(OneblockError, match="batch size is 0"):
+        complete_file(llm, source, out, 0, {})
+    out.unlink()
+    first = Output(out, set())
+    with pytest.raises(OneblockError, match="another run is writing it"):
+        Output(out, set())
+    first.close()
+
+
+# ------------------------------------------------------------------ the input
+
+
+BAD: list[tuple[str, str]] = [
+    ("{", "line 2: Expecting"),
+    ("[1]", "line 2: a line is an object"),
+    ("{}", 'line 2: give either "prompt" or "messages"'),
+    ('{"prompt": "x", "messages": []}', 'give either "prompt" or "messages"'),
+    ('{"prompt": 3}', "prompt must be a text or a list of ids"),
+    ('{"prompt": [1, "a"]}', "token id 'a' is not in the vocabulary"),
+    ('{"prompt": [257]}', "token id 257 is not in the vocabulary"),
+    ('{"prompt": ""}', "the prompt is empty"),
+    ('{"prompt": "' + "x" * 200 + '"}', "the prompt has 200 tokens and the model's context 200"),
+    ('{"prompt": "\\ud800"}', "surrogate"),
+    ('{"prompt": "x", "temprature": 1}', "unknown key 'temprature': did you mean temperature"),
+    ('{"prompt": "x", "temperature": "hot"}', "temperature is 'hot'"),
+    ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0"),
+    ('{"prompt": "x", "max_tokens": "9"}', "max_tokens is .9.: it must be a whole number"),
+    ('{"prompt": "x", "seed": true}', "seed is true"),
+    ('{"prompt": "x", "stop": 3}', "stop must be a text"),
+    ('{"prompt": "x", "stop_ids": ["a"]}', "stop_ids must be"),
+    ('{"prompt": "x", "logit_bias": [1]}', "logit_bias must be"),
+    ('{"prompt": "x", "logit_bias": {"999": 1}}', "logit_bias for 999"),
+    ('{"prompt": "x", "regex": "(a"}', "unclosed group"),
+    ('{"prompt": "x", "id": 1.5}', "id is 1.5"),
+    ('{"prompt": "x", "id": 1}', "id 1 is that of line 1 already"),
+    ('{"messages": []}', "messages must be a list"),
+    ('{"messages": [{"role": "user", "content": "Hi"}]}', "no chat template"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[b[1][:30] for b in BAD])
+def test_a_bad_line_is_named_before_anything_runs(llm: LLM, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "in").write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(OneblockError, match=f"^[^\n]*in, line 2: [^\n]*{message.removeprefix('line 2: ')}[^\n]*$"):
+        complete_file(llm, tmp_path / "in", tmp_path / "out", 2, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_and_defaults(llm: LLM, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    (tmp_path / "in").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b", "seed": 1, "regex": "z{3}"}\n')
+    jobs = Reader(llm, {"seed": 5, "max_tokens": 4, "choices": ("yes", "no"), "temperature": None}).read(
+        tmp_path / "in"
+    )
+    assert [(job.id, job.request.seeds, job.request.max_tokens) for job in jobs] == [(1, (5,), 4), (3, (1,), 4)]
+    grammars = [job.request.grammar for job in jobs]
+    assert [g.constraint.kind for g in grammars if g is not None] == ["choices", "regex"]
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(OneblockError, match="has no prompts"):
+        Reader(llm, {}).read(tmp_path / "empty")
+    with pytest.raises(OneblockError, match="No such file"):
+        Reader(llm, {}).read(tmp_path / "none")
+
+
+def test_conversations(llm: LLM) -> None:
+    said = [{"role": "user", "content": "Hi"}]
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    found = Reader(LLM(llm.model, tokenizer), {}).job(1, {"messages": said})
+    assert found.prompt == list(b"Hi:")
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = written(tmp_path / "in", [{"prompt": "x"}, {"prompt": "yy", "max_tokens": 3}])
+    base = ["generate", str(folder), "--input", str(source)]
+    assert cli.main([*base, "--output", str(tmp_path / "out"), "--max-tokens", "5", "--ignore-eos"]) == 0
+    assert sorted(len(row["ids"]) for row in read(tmp_path / "out")) == [3, 5]
+    assert "2 of 2 prompts done" in capsys.readouterr().err
+    for flags in ([], ["--output", "x", "--prompt", "y"]):
+        assert cli.main([*base, *flags]) == 1
+        assert "needs --input and --output" in capsys.readouterr().err
