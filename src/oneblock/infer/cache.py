@@ -6,7 +6,7 @@ prompts are padded on the left, and column c of a layer that keeps n tokens lies
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +102,34 @@ class KVCache:
         self._length += self._new
         self._new = 0
 
+    # ------------------------------------------------------------------ on disk
+
+    @property
+    def stored_layers(self) -> list[int]:
+        """Layers that keep keys: those that read an image keep none."""
+        return [i for i, a in enumerate(self._attn) if not a.cross]
+
+    def columns(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of each such layer, as their slots stand."""
+        for layer in self.stored_layers:
+            keys, values = self._keys[layer], self._values[layer]
+            assert keys is not None
+            assert values is not None
+            kept = min(self._length, keys.shape[2])
+            yield keys[:, :, :kept].contiguous(), values[:, :, :kept].contiguous()
+
+    def fill(self, pairs: Iterable[tuple[Tensor, Tensor]], length: int) -> bool:
+        """Take what `columns` gave of so many columns; False, and nothing done, where there is no room for them."""
+        if length > self.capacity or self._padded:
+            return False
+        self._length, self._marked = length, -1
+        for layer, pair in zip(self.stored_layers, pairs, strict=True):
+            for mine, x in zip((self._keys, self._values), pair, strict=True):
+                held = torch.empty((*x.shape[:2], self._sizes[layer], x.shape[3]), dtype=self.dtype, device=self.device)
+                held[:, :, : x.shape[2]] = x
+                mine[layer] = held
+        return True
+
     # ------------------------------------------------------------------ for a graph that writes by itself
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -189,6 +217,10 @@ class KVCache:
         new = old.new_empty((len(index), *old.shape[1:]))
         new[:, :, :kept] = old[:, :, :kept][index]
         return new
+
+    def can_rewind(self, length: int) -> bool:
+        """Whether the cache could go back after it has had so many columns: a ring forgets what it writes over."""
+        return all(length <= (n or length) for kind in self._kinds for n in kind)
 
     def rewind(self, length: int) -> bool:
         """Forget all columns from `length` on. False, and nothing done, where a ring has already dropped older ones."""

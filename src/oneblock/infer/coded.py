@@ -113,7 +113,7 @@ def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_4_bits(weight: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (N, K), scales and offsets (N, K / group): of 20 ranges tried, the one with the least squared error.
+    """Codes (N, K), scales and offsets (N, K / group): of ten ranges tried, the one with the least squared error.
 
     `importance` (K,) weighs the columns: how large their activations are.
     """
@@ -121,7 +121,7 @@ def in_4_bits(weight: Tensor, group: int, importance: Tensor | None = None) -> t
     weigh = None if importance is None else importance.float().view(1, -1, group)
     low, high = groups.amin(-1), groups.amax(-1)
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for shrink in torch.linspace(1.0, 0.62, 20).tolist():
+    for shrink in torch.linspace(1.0, 0.64, 10).tolist():
         found = rounded(groups, low * shrink, high * shrink, weigh)
         if best is None:
             best = found

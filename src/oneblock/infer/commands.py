@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ from oneblock.errors import OneblockError
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
     from oneblock.infer.llm import LLM, Completion
+    from oneblock.infer.parallel import Ranks
 
 HELP = """\
 /reset      forget everything said so far
@@ -68,9 +70,12 @@ class Loading:
     model: Positional[str]  # a model's folder, or its org/name on the hub
     dtype: str | None = None  # float32, bfloat16 or float16; left out: as it is stored
     device: str = "cpu"  # cpu, cuda, cuda:1, ..
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # a token's step as one graph; auto: where the text repays its making
-    )
+    compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: in long texts
+    context: int | None = None  # tokens to make room for, past what the model was made for
+    rope: Literal["yarn", "linear", "dynamic"] = "yarn"  # how --context does it
+    prompt_cache: Path | None = None  # a file that keeps what was read of a single prompt for later runs
+    guesses: int = 0  # tokens guessed and checked at a time: the same replies in fewer passes; 4 to 8 are usual
+    draft: str | None = None  # a smaller model with the same tokenizer that guesses; left out: what the text repeats
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,18 @@ def read(path: Path) -> str:
         raise OneblockError(f"{path} is no UTF-8 text") from None
 
 
-def opened(loading: Loading) -> LLM:
+def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
     from oneblock.infer.llm import load
 
-    llm = load(loading.model, loading.dtype, loading.device)
+    llm = load(loading.model, loading.dtype, loading.device, ranks)
     llm.compile = loading.compile
+    llm.prompt_cache = loading.prompt_cache
+    if loading.context is not None:
+        llm.lengthen(loading.context, loading.rope)
+    if loading.draft is not None and not loading.guesses:
+        raise OneblockError("--draft guesses nothing without --guesses: give --guesses 5")
+    if loading.guesses:
+        llm.guess(loading.guesses, load(loading.draft, loading.dtype, loading.device) if loading.draft else None)
     return llm
 
 
@@ -130,16 +142,29 @@ def opened(loading: Loading) -> LLM:
 
 
 def generate(options: GenerateOptions) -> None:
+    """On the ranks that torchrun has started, or here; the first of them writes."""
+    from oneblock.infer.parallel import together
+
+    with together(options.loading.device) as ranks, redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
+        written(options, ranks)
+
+
+def written(options: GenerateOptions, ranks: Ranks) -> None:
     many = options.many
+    if ranks.size > 1 and ((options.prompt is None and not options.ids) or many != Many()):
+        raise OneblockError("several ranks go on with one prompt: give --prompt or --ids")
     prompt = asked(options) if many == Many() else None
     if prompt is None and (many.input is None or many.output is None or options.prompt is not None or options.ids):
         raise OneblockError("a file of prompts needs --input and --output, and no other prompt")
-    llm = opened(options.loading)
+    llm = opened(options.loading, ranks)
+    choosing = asdict(options.choosing)
+    if ranks.size > 1 and options.choosing.seed is None:
+        choosing["seed"] = 0  # ranks must draw alike
     chosen: dict[str, Any] = {
         "max_tokens": options.max_tokens,
         "stop": options.stop,
         "ignore_eos": options.ignore_eos,
-        **asdict(options.choosing),
+        **choosing,
         **options.constraining.asked(),
     }
     if many.input is not None and many.output is not None:
@@ -164,6 +189,8 @@ def complete(llm: LLM, prompt: str | list[int], chosen: dict[str, Any], options:
         screen.print(escape(prompt), end="", style="dim", soft_wrap=True)
     show(pieces)
     print()
+    if llm.tally.guessed:
+        Console(stderr=True, highlight=False).print(f"[dim]{llm.tally}[/]")
 
 
 def asked(options: GenerateOptions) -> str | list[int]:

@@ -68,9 +68,10 @@ class Texts:
         longest = max(map(len, self.rows))
         self.pads = [longest - len(row) for row in self.rows]
         self._steps = longrope_contexts(model.spec)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin with an empty cache: everything is read again."""
         model = self.model
         self.cache = KVCache(model.spec, len(self.rows), self.capacity, model.dtype, model.device)
 
@@ -86,12 +87,23 @@ class Texts:
             return self.compiled(fed, positions, self.cache)
         return self.model.logits(self.model.hidden(fed, positions=positions, cache=self.cache)[:, -1])
 
+    def peek(self, guesses: Sequence[int]) -> Tensor:
+        """Of the only row: feed what the cache lacks and guesses; the logits after its last token and each, (n, V).
+
+        The cache has the guesses then, the row does not: rewind what did not stand.
+        """
+        [row] = self.rows
+        if not guesses:
+            return self.advance()
+        fed = torch.tensor([row[self.cache.length :] + list(guesses)], device=self.model.device)
+        return self.model.logits(self.model.hidden(fed, cache=self.cache)[0, -len(guesses) - 1 :])
+
     def append(self, ids: Sequence[int]) -> None:
         for row, id in zip(self.rows, ids, strict=True):
             row.append(id)
         # LongRoPE turns every angle once a text is over its first context: keys made before are void.
         if self._steps and any(len(row) - 1 in self._steps for row in self.rows):
-            self._forget()
+            self.forget()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -107,7 +119,7 @@ class Texts:
         self.rows = [list(text)]
         crossed = any((len(fed) <= n) != (len(text) <= n) for n in self._steps)
         if crossed or not self.cache.rewind(same):
-            self._forget()
+            self.forget()
 
 
 def longrope_contexts(spec: s.Spec) -> frozenset[int]:
@@ -194,5 +206,8 @@ def room(spec: s.Spec, prompt: Sequence[int], max_tokens: int | None) -> int:
     if limit is None:
         return max_tokens or spec.context
     if len(prompt) >= limit:
-        raise OneblockError(f"the prompt has {len(prompt)} tokens and the model's context {limit}: shorten the prompt")
+        raise OneblockError(
+            f"the prompt has {len(prompt)} tokens and the model's context {limit}: shorten the prompt"
+            f"{'' if spec.positions else ', or load it for longer texts (--context N --rope yarn)'}"
+        )
     return limit - len(prompt) if max_tokens is None else min(max_tokens, limit - len(prompt))

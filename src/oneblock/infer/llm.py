@@ -12,8 +12,12 @@ from oneblock import store
 from oneblock.errors import OneblockError
 from oneblock.infer.constrain import Constraint, Grammar, Shapes
 from oneblock.infer.generate import Event, Request, Texts, check, events, room
+from oneblock.infer.longer import lengthen
+from oneblock.infer.parallel import Ranks, split
 from oneblock.infer.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.infer.sample import Choices, Sampling
+from oneblock.infer.saved import keep, take
+from oneblock.infer.speculate import Draft, Lookup, Tally, check_alike, speculated
 from oneblock.infer.stop import CONTEXT_OF_TEXT, Detokenizer, Finish
 from oneblock.infer.streamline import streamline
 from oneblock.model import Decoder
@@ -78,6 +82,10 @@ class LLM:
         self._layout = layout  # how the folder named and split its tensors
         self.compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: where it pays
         self._compiled: Compiled | None = None
+        self.guesses = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
+        self.draft: LLM | None = None  # who guesses; None: the text itself
+        self.tally = Tally()  # of the last text that was guessed
+        self.prompt_cache: Path | None = None  # a file that keeps single texts' keys and values between runs
 
     def __repr__(self) -> str:
         spec, model = self.spec, self.model
@@ -193,7 +201,7 @@ class LLM:
         """The prompt is checked here, before the first piece is asked for."""
         ids = self._conversation(prompt) if _is_conversation(prompt) else self.encode(prompt)  # pyright: ignore
         request = self.request(**options)
-        return events(self.texts([ids], request), request, [self.detokenizer(ids)])
+        return self._run([ids], request)
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         if self.tokenizer is None:
@@ -206,6 +214,42 @@ class LLM:
         longest = max(map(len, prompts), default=0)
         more = max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
         return Texts(self.model, prompts, longest + more, self.compiled(more))
+
+    def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[Event]:
+        texts, [first, *more] = self.texts(prompts, request), [self.detokenizer(prompt) for prompt in prompts]
+        if self.prompt_cache is not None and not more:
+            return self._kept(self.prompt_cache, texts, self._single(texts, request, first))
+        return events(texts, request, [first, *more]) if more else self._single(texts, request, first)
+
+    def _kept(self, path: Path, texts: Texts, found: Iterator[Event]) -> Iterator[Event]:
+        """The same, begun from the file where it has the text's beginning, and written to it at the end."""
+        if path.exists():
+            take(path, texts)
+        yield from found
+        keep(path, texts)
+
+    def _single(self, texts: Texts, request: Request, first: Detokenizer | None) -> Iterator[Event]:
+        if not self.guesses:
+            return events(texts, request, [first])
+        self.tally = Tally()
+        seed = request.seeds[0] if request.seeds else 0
+        guesser = Lookup() if self.draft is None else Draft(self.draft.model, request.sampling, seed + 1)
+        return speculated(texts, request, first, guesser, self.guesses, self.tally)
+
+    def guess(self, n: int, draft: LLM | None = None) -> None:
+        """From now on guess n tokens of single texts at a time: by a smaller model, or by what the text has repeated.
+
+        The distribution stays the same; passes get fewer where guesses are good. OneblockError where the draft has
+        another vocabulary.
+        """
+        if draft is not None:
+            check_alike(self.model, draft.model)
+        self.guesses, self.draft = n, draft
+
+    def lengthen(self, context: int, rope: Literal["yarn", "linear", "dynamic"] = "yarn") -> None:
+        """Make room for texts of so many tokens by RoPE scaling (infer/longer.py)."""
+        lengthen(self.model, context, rope)
+        self.config = {}  # it describes another model now
 
     def compiled(self, tokens: int) -> Compiled | None:
         """The step as one graph, where it was asked for or so many tokens repay its making."""
@@ -223,8 +267,7 @@ class LLM:
         if not prompts:
             return []
         rows: list[list[Event]] = [[] for _ in prompts]
-        texts = self.texts(prompts, request)
-        for event in events(texts, request, [self.detokenizer(prompt) for prompt in prompts]):
+        for event in self._run(prompts, request):
             rows[event.row].append(event)
         return [self._completion(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
 
@@ -264,25 +307,37 @@ def _seeds(seed: int | Sequence[int] | None, rows: int) -> tuple[int, ...]:
     return seeds
 
 
-def load(path_or_name: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> LLM:
+def load(
+    path_or_name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
+) -> LLM:
     """A model from a folder or a .gguf file, or from the hub by `org/name[@revision]`; dtype None: as it is stored.
 
     llm = oneblock.load("path/or/org/name", dtype="bfloat16", device="cpu")
+
+    `ranks` (infer/parallel.py): this process's part of it, under torchrun.
     """
-    folder = store.resolve(str(path_or_name))
-    if folder.suffix == ".gguf":
+    found, tokenizer = read(store.resolve(str(path_or_name)), dtype, device)
+    if ranks is not None and ranks.size > 1:
+        split(found.model, ranks)
+    streamline(found.model)
+    return LLM(found.model, tokenizer, found.config, found.generation, found.layout)
+
+
+def read(
+    path: Path, dtype: str | torch.dtype | None, device: str | torch.device
+) -> tuple[Checkpoint, Tokenizer | None]:
+    """Plain folders, folders of codes, GGUF files."""
+    if path.suffix == ".gguf":
         from oneblock.store.gguf import load_gguf  # its library is an extra
 
-        found, tokenizer = load_gguf(folder, dtype, device)
-        streamline(found.model)
-        return LLM(found.model, tokenizer, found.config)
-    if bits := quantized(store.read_config(folder)[1]):
-        model, config = load_quantized(folder, bits, dtype, device)
-        found = Checkpoint(model, model.spec, config)
-    else:
-        found = store.load_model(folder, dtype, device)
-    streamline(found.model)
-    return LLM(found.model, find_tokenizer(folder), found.config, found.generation, found.layout)
+        return load_gguf(path, dtype, device)
+    if bits := quantized(store.read_config(path)[1]):
+        model, config = load_quantized(path, bits, dtype, device)
+        return Checkpoint(model, model.spec, config), find_tokenizer(path)
+    return store.load_model(path, dtype, device), find_tokenizer(path)
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:

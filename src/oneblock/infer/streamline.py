@@ -19,7 +19,7 @@ from oneblock.model.attention import Attention
 from oneblock.model.mlp import Mlp
 from oneblock.model.step import Step
 
-MOST = 16  # rows up to which bf16 and 8 bits stream faster than torch's product, which wins with more; 4 bits always
+MOST = 16  # rows up to which bf16 weights stream faster than torch's product, which wins with more
 
 
 class Streamed(nn.Linear):
@@ -40,7 +40,7 @@ def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
     kernels = x.device.type == "cpu" and x.dtype == torch.bfloat16 and available()
     coded = [layer for layer in layers if isinstance(layer, Coded)]
     few = x.numel() <= MOST * x.shape[-1]
-    if not kernels or not (few or (coded and coded[0].bits == 4)) or len(coded) not in (0, len(layers)):
+    if not kernels or not (few or coded) or len(coded) not in (0, len(layers)):
         return [layer.plain(x) for layer in layers]
     x, shape = x.contiguous(), x.shape[:-1]
     biases = [layer.bias for layer in layers if layer.bias is not None]

@@ -1,0 +1,186 @@
+"""Several tokens guessed, and checked in one pass of the model: the same distribution in fewer passes.
+
+arXiv:2211.17192 and arXiv:2302.01318: a guess drawn from q is kept with probability min(1, p / q), and else replaced by
+a draw from what p has more than q. Guesses come from a smaller model, or from the text itself (q is then 1 for the one
+token that followed the same words before). Texts are guessed one at a time. Shapes: n guesses, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from oneblock.errors import OneblockError
+from oneblock.infer.generate import Event, Request, Texts, chosen_from, room
+from oneblock.infer.sample import Counts, Sampling, adjusted, distribution, draw
+from oneblock.infer.stop import Detokenizer, Reply
+from oneblock.model import Decoder
+
+LONGEST, SHORTEST = 4, 2  # tokens that must have occurred before for what followed them to be guessed
+
+
+@dataclass(frozen=True)
+class Guess:
+    ids: list[int]
+    weights: Tensor | None = None  # (n, V): what each was drawn from; None: they are sure
+
+
+class Guesser(Protocol):
+    def guess(self, text: Sequence[int], n: int) -> Guess:
+        """Up to n tokens that may follow."""
+        ...
+
+
+@dataclass
+class Tally:
+    """How many guesses there were, and how many were kept."""
+
+    guessed: int = 0
+    kept: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kept:,} of {self.guessed:,} guessed tokens kept ({self.kept / max(self.guessed, 1):.0%})"
+
+
+class Lookup:
+    """What followed the last words when the text had them before (prompt lookup)."""
+
+    def __init__(self) -> None:
+        self.after: dict[tuple[int, ...], int] = {}  # some ids -> where what followed them begins, latest first
+        self.read = 0
+
+    def guess(self, text: Sequence[int], n: int) -> Guess:
+        known = tuple(text)
+        for end in range(max(self.read, 1), len(known)):  # the text's own end is not yet followed by anything
+            for size in range(SHORTEST, min(LONGEST, end) + 1):
+                self.after[known[end - size : end]] = end
+        self.read = len(known)
+        for size in range(min(LONGEST, len(known)), SHORTEST - 1, -1):
+            if (start := self.after.get(known[-size:])) is not None:
+                return Guess(list(known[start : start + n]))
+        return Guess([])
+
+
+class Draft:
+    """What a smaller model with the same vocabulary would write."""
+
+    def __init__(self, model: Decoder, sampling: Sampling, seed: int):
+        self.model, self.sampling = model, replace(sampling, logit_bias={})
+        self.texts: Texts | None = None
+        self.luck = torch.Generator().manual_seed(seed % 2**63)
+
+    def guess(self, text: Sequence[int], n: int) -> Guess:
+        n = min(n, room(self.model.spec, text, n) if len(text) < (self.model.spec.context or 0) else 0)
+        if self.texts is None:
+            self.texts = Texts(self.model, [text], len(text) + n)
+        else:
+            self.texts.replace(text)
+        ids, weights = [], []
+        for _ in range(n):
+            p = weighed(self.texts.advance(), self.sampling, None)
+            id = pick(p, self.luck)
+            self.texts.append([id])
+            ids.append(id)
+            weights.append(p)
+        return Guess(ids, torch.stack(weights) if weights else None)
+
+
+def check_alike(model: Decoder, draft: Decoder) -> None:
+    if model.spec.vocab != draft.spec.vocab:
+        raise OneblockError(
+            f"the draft model has {draft.spec.vocab} words and the model {model.spec.vocab}: give a draft with the "
+            f"same tokenizer"
+        )
+
+
+# ------------------------------------------------------------------ checking
+
+
+def weighed(logits: Tensor, sampling: Sampling, counts: Counts | None) -> Tensor:
+    """The distribution (V,) that a token is drawn from; all of it on one token where the choice is greedy."""
+    logits = adjusted(logits.float().view(1, -1), sampling, counts)
+    if sampling.greedy:
+        return torch.zeros_like(logits[0]).index_fill_(0, logits.argmax(-1), 1.0)
+    return distribution(logits, sampling)[0]
+
+
+def pick(weights: Tensor, luck: torch.Generator) -> int:
+    uniform = torch.rand(1, dtype=torch.float64, generator=luck)
+    return int(draw(weights[None].cpu(), uniform))
+
+
+def settled(p: Tensor, id: int, q: Tensor | None, luck: torch.Generator) -> tuple[int, bool]:
+    """The token at one place, and whether it is the guessed one: p (V,) is the model's, q what the guess is from."""
+    chance = 1.0 if q is None else float(q[id])
+    if torch.rand(1, dtype=torch.float64, generator=luck).item() * chance < float(p[id]):
+        return id, True
+    left = p.clone() if q is None else (p - q).clamp(min=0)
+    if q is None:
+        left[id] = 0.0
+    return pick(left if left.sum() > 0 else p, luck), False
+
+
+@dataclass
+class Speculation:
+    """One text, its guesser, and the state of its draws."""
+
+    texts: Texts
+    request: Request
+    guesser: Guesser
+    length: int  # guesses at a time
+    luck: torch.Generator
+    counts: Counts | None
+    tally: Tally = field(default_factory=Tally)
+
+    def step(self, most: int) -> Iterator[Event]:
+        """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come."""
+        texts, [row] = self.texts, self.texts.rows
+        n = min(self.length, most - 1)
+        guess = self.guesser.guess(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else Guess([])
+        logits = texts.peek(guess.ids)
+        if logits.isnan().any():
+            raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
+        self.tally.guessed += len(guess.ids)
+        before = len(row)
+        for i in range(len(guess.ids) + 1):
+            p = weighed(logits[i], self.request.sampling, self.counts)
+            kept = False
+            if i < len(guess.ids):
+                q = None if guess.weights is None else guess.weights[i]
+                id, kept = settled(p, guess.ids[i], q, self.luck)
+            else:
+                id = pick(p, self.luck)
+            self.tally.kept += kept
+            if self.counts is not None:
+                self.counts.add(torch.tensor([id], device=logits.device))
+            texts.append([id])
+            yield chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)[0]
+            if not kept:
+                break
+        texts.cache.rewind(min(before + len(guess.ids), len(texts.rows[0]) - 1))
+
+
+@torch.inference_mode()
+def speculated(
+    texts: Texts, request: Request, detokenizer: Detokenizer | None, guesser: Guesser, length: int, tally: Tally
+) -> Iterator[Event]:
+    """`generate.events` for one text."""
+    if request.grammar is not None:
+        raise OneblockError("guesses and a grammar do not go together yet: leave out one of them")
+    most = room(texts.model.spec, texts.rows[0], request.max_tokens)
+    reply = Reply(detokenizer, most, request.stop_ids, request.stop)
+    seed = request.seeds[0] if request.seeds else secrets.randbits(63)
+    counts = Counts(texts.rows, texts.model.spec.vocab, texts.model.device) if request.sampling.counts else None
+    luck = torch.Generator().manual_seed(seed % 2**63)
+    speculation = Speculation(texts, request, guesser, length, luck, counts, tally)
+    while reply.finish is None:
+        for event in speculation.step(most):
+            most -= 1
+            yield replace(event, row=0, text=reply.push(event.id), finish=reply.finish)
+            if reply.finish is not None:
+                return

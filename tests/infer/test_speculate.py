@@ -1,0 +1,103 @@
+"""Guessing changes how many passes there are, never what is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oneblock.cli import main
+from oneblock.errors import OneblockError
+from oneblock.infer.llm import LLM
+from oneblock.infer.speculate import Guess, Lookup, settled
+from oneblock.model import Decoder, init_weights
+from oneblock.spec import spec
+
+
+def writer(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
+    model = Decoder(spec(family, **{"vocab": 24, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 256, **sizes}))
+    init_weights(model, seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    return LLM(model.eval())
+
+
+def test_the_text_guesses_what_it_repeats() -> None:
+    lookup = Lookup()
+    assert lookup.guess([1, 2, 3], 4) == Guess([])
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3], 2) == Guess([9, 1])
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == Guess([7, 2, 3])  # what followed last
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == Guess([])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("by", ["text", "draft", "itself"])
+def test_greedy_replies_are_the_same(family: str, by: str) -> None:
+    """Past a window, with stop ids, penalties and log-probabilities."""
+    llm = writer(family, **({"window": 16} if family == "gemma3" else {}))
+    prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+    for how in ({}, {"stop_ids": [5]}, {"repetition_penalty": 1.3, "top_logprobs": 2}):
+        asked = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, **how}
+        llm.guess(0)
+        plain = llm.generate(prompt, **asked)
+        llm.guess(5, None if by == "text" else llm if by == "itself" else writer(family, 1))
+        found = llm.generate(prompt, **asked)
+        assert found.ids == plain.ids
+        assert found.finish_reason == plain.finish_reason
+        assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+        if by == "itself" and not how and family != "gemma3":
+            assert llm.tally.kept == llm.tally.guessed > 90
+        assert family == "gemma3" or llm.tally.guessed > 0
+
+
+def test_what_is_written_has_the_models_distribution() -> None:
+    """Chi-square over the first two tokens of many replies, by a poor draft and by the text."""
+    llm, draft = writer(vocab=8), writer(vocab=8, seed=3)
+    prompt = [1, 2, 3, 1, 2]
+    with torch.no_grad():
+        first = llm.model(torch.tensor([prompt]))[0, -1].softmax(-1)
+        second = torch.stack([llm.model(torch.tensor([[*prompt, i]]))[0, -1].softmax(-1) for i in range(8)])
+    expected = (first[:, None] * second).flatten()
+    runs = 700
+    for by in (draft, None):
+        llm.guess(3, by)
+        counts = torch.zeros(64)
+        for seed in range(runs):
+            a, b = llm.generate(prompt, max_tokens=2, temperature=1, seed=seed, ignore_eos=True).ids
+            counts[a * 8 + b] += 1
+        assert llm.tally.guessed > 0
+        common = expected * runs >= 5
+        rare = torch.stack([counts[~common].sum(), expected[~common].sum() * runs])
+        found, wanted = torch.cat([counts[common], rare[:1]]), torch.cat([expected[common] * runs, rare[1:]])
+        chi = ((found - wanted).square() / wanted.clamp(min=1e-9)).sum().item()
+        free = int(common.sum())
+        assert chi < free + 4 * (2 * free) ** 0.5, (chi, free)  # four standard deviations of chi-square
+
+
+def test_one_place_is_drawn_from_p_whatever_was_guessed() -> None:
+    torch.manual_seed(0)
+    p, q = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    luck, n = torch.Generator().manual_seed(0), 20_000
+    drawn = torch.multinomial(q, n, replacement=True).tolist()
+    found = torch.bincount(torch.tensor([settled(p, id, q, luck)[0] for id in drawn]), minlength=4) / n
+    torch.testing.assert_close(found, p, atol=0.012, rtol=0)
+    sure = torch.bincount(torch.tensor([settled(p, 2, None, luck)[0] for _ in range(n)]), minlength=4) / n
+    torch.testing.assert_close(sure, p, atol=0.012, rtol=0)
+
+
+def test_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OneblockError, match="the draft model has 30 words and the model 24"):
+        writer().guess(3, writer(vocab=30))
+
+
+def test_the_command_tells_how_many_were_kept(data, capsys: pytest.CaptureFixture[str]) -> None:
+    stories = str(data / "weights" / "stories260k")
+    argv = ["generate", stories, "--prompt", "Once upon a time", "--max-tokens", "60", "--temperature", "0"]
+    assert main(argv) == 0
+    plain = capsys.readouterr().out
+    assert main([*argv, "--guesses", "4", "--draft", stories]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain
+    assert "guessed tokens kept (100%)" in err
+    assert main([*argv, "--draft", stories]) == 1
+    assert "--draft guesses nothing without --guesses" in capsys.readouterr().err
