@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from common import Row, arguments, report, row, seconds
 

@@ -56,7 +56,7 @@ class Compiled:
 
     def __init__(self, model: Decoder):
         self.model = model
-        options = {"guard_filter_fn": of_inputs, "triton.cudagraphs": model.device.type == "cuda"}
+        options = {"guard_filter_fn": of_inputs, "triton.cudagraphs": model.device.type == "cuda", "cpp.threads": 1}
         self.graph: Callable[..., Tensor] = torch.compile(self.step, fullgraph=True, options=options)
 
     def step(self, ids: Tensor, positions: Tensor, column: Tensor, inside: Inside, kinds: list[int]) -> Tensor:
