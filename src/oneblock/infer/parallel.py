@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from oneblock.errors import OneblockError
 from oneblock.infer.coded import Coded
@@ -99,13 +101,25 @@ def together(device: str) -> Iterator[Ranks]:
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), size)
-        dist.barrier()
+        yield Ranks(rank, size)
+        leave(store, rank, size)
     except (RuntimeError, dist.DistError) as e:
         if isinstance(e, OneblockError):
             raise
         raise OneblockError(f"rank {os.environ['RANK']} of {size} lost the others: {str(e).splitlines()[0]}") from e
     finally:
         dist.destroy_process_group()
+
+
+def leave(store: Any, rank: int, size: int) -> None:
+    """Until all are through, and rank 0, which may hold the store, last: gloo ends a process whose peer has gone."""
+    if store.add("oneblock/through", 1) == size:
+        store.set("oneblock/all", "1")
+    store.wait(["oneblock/all"])
+    if store.add("oneblock/seen", 1) == size:
+        store.set("oneblock/over", "1")
+    if rank == 0:
+        store.wait(["oneblock/over"])

@@ -136,7 +136,8 @@ class Saver:
             self.tokenizer.save(new)
             (new / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
             written = [path.name for path in new.iterdir() if path.suffix == ".json" or path.name in written]
-            written += [p.name for p in new.iterdir() if p.suffix not in (".json", ".safetensors", ".sums")]
+            others = (".json", ".safetensors", ".sums")  # and hidden ones: safetensors writes aside and renames
+            written += [p.name for p in new.iterdir() if p.suffix not in others and not p.name.startswith(".")]
         sums = manifest.sums_of(new, sorted(set(written)))
         (new / f"{self.rank}.sums").write_text(json.dumps(sums))
 
