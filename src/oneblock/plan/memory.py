@@ -16,7 +16,7 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8":
 PREFILL = 2048  # tokens that a server pushes through the model at a time
 # On CPUs: what the C library's heap holds free between what comes and goes, and the compiled kernels of products with
 # their scratch; measured (docs/cost.md).
-HOLES, KERNELS = 0.4, 100_000_000
+HOLES, KERNELS = 0.45, 100_000_000
 
 LOSS_PART = 256 << 20  # bytes of logits with their gradient that the training loss works on at a time
 
