@@ -106,6 +106,7 @@ def test_a_model_says_the_same_with_them(family: str) -> None:
 
 
 def test_where_there_is_no_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ONEBLOCK_KERNELS", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for found in (build.missing, build.cached):
@@ -122,6 +123,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     def fail(*args: object, **rest: object) -> None:
         raise subprocess.CalledProcessError(1, "g++", stderr=b"error: too old\nmore")
 
+    monkeypatch.delenv("ONEBLOCK_KERNELS", raising=False)
     monkeypatch.setattr(build, "cached", lambda: tmp_path / "none.so")
     monkeypatch.setattr(build, "processor_flags", lambda: frozenset(build.NEEDED))
     monkeypatch.setattr(subprocess, "run", fail)
