@@ -6,15 +6,14 @@ and the lengths of the cache are left open, so that one program serves them all.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oneblock.compiler import compiler_found, keep_compiled
 from oneblock.infer.cache import KVCache
-from oneblock.infer.kernels.build import compiler
 from oneblock.model import Decoder
 from oneblock.spec import Spec
 
@@ -56,6 +55,7 @@ class Compiled:
 
     def __init__(self, model: Decoder):
         self.model = model
+        keep_compiled()
         options = {"guard_filter_fn": of_inputs, "triton.cudagraphs": model.device.type == "cuda", "cpp.threads": 1}
         self.graph: Callable[..., Tensor] = torch.compile(self.step, fullgraph=True, options=options)
 
@@ -95,7 +95,3 @@ def of_inputs(guards: Sequence[Any]) -> list[bool]:
 def pays(spec: Spec, tokens: int, device: torch.device) -> bool:
     """Whether so many tokens to come repay the compiler's SECONDS, by SAVED for each layer of each."""
     return compiler_found() and tokens * spec.n_layers * SAVED[device.type == "cuda"] > SECONDS
-
-
-def compiler_found() -> bool:
-    return shutil.which(compiler()) is not None

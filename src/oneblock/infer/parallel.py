@@ -6,31 +6,16 @@ the stream is added up. All ranks choose the same tokens, from the same seed.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from oneblock.errors import OneblockError
-from oneblock.infer.coded import Coded
+from oneblock.infer.linears import Coded
 from oneblock.model import Decoder
 from oneblock.model.attention import Attention
 from oneblock.model.mlp import Mlp
-
-PATIENCE = timedelta(seconds=60)  # that a rank waits for the others
-
-
-@dataclass(frozen=True)
-class Ranks:
-    rank: int = 0
-    size: int = 1
+from oneblock.ranks import Ranks
 
 
 class Summed(nn.Module):
@@ -89,37 +74,3 @@ def part(linear: nn.Linear, ranks: Ranks, dim: int) -> nn.Linear:
         bias = bias.chunk(ranks.size)[ranks.rank].clone() if dim == 0 else bias
         new.bias = nn.Parameter(bias, requires_grad=False)
     return new
-
-
-@contextmanager
-def together(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, or this process alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Ranks()
-        return
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    try:
-        yield Ranks(rank, size)
-        leave(store, rank, size)
-    except (RuntimeError, dist.DistError) as e:
-        if isinstance(e, OneblockError):
-            raise
-        raise OneblockError(f"rank {os.environ['RANK']} of {size} lost the others: {str(e).splitlines()[0]}") from e
-    finally:
-        dist.destroy_process_group()
-
-
-def leave(store: Any, rank: int, size: int) -> None:
-    """Until all are through, and rank 0, which may hold the store, last: gloo ends a process whose peer has gone."""
-    if store.add("oneblock/through", 1) == size:
-        store.set("oneblock/all", "1")
-    store.wait(["oneblock/all"])
-    if store.add("oneblock/seen", 1) == size:
-        store.set("oneblock/over", "1")
-    if rank == 0:
-        store.wait(["oneblock/over"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from oneblock.compiler import compiler_found, keep_compiled
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout
 from oneblock.model.mlp import Moe
@@ -52,29 +51,12 @@ def compiles(spec: Spec, loop: Loop, context: int) -> bool:
     device = use_device(loop.device)
     if device.type == "cuda":
         return True
-    if device.type != "cpu" or not compiler():
+    if device.type != "cpu" or not compiler_found():
         return False
     if loop.seconds is not None:
         return loop.seconds > 2 * PAYS
     work = flops.train(spec, context) * loop.steps * loop.batch * loop.accumulate * context
     return work / peak_flops(device, product_dtype(loop)) > PAYS
-
-
-def compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except (InvalidCxxCompiler, RuntimeError):
-        return False
-
-
-def keep_compiled() -> None:
-    """Where compiled programs stay between runs: not in the system's folder for what is thrown away."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "oneblock" / "compiled"))
 
 
 def use_fp8(model: Decoder) -> None:

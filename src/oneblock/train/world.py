@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import cached_property
 from itertools import islice
 
@@ -20,10 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from oneblock.data.rows import IGNORE, Batch
-from oneblock.errors import OneblockError
+from oneblock.ranks import joined, started
 from oneblock.train.mesh import KEYS, Mesh, parse_mesh
-
-PATIENCE = timedelta(seconds=60)  # that a rank waits for the others before it gives up
 
 
 @dataclass(frozen=True)
@@ -225,30 +221,9 @@ def without_targets(batch: Batch) -> Batch:
     return replace(batch, targets=torch.full_like(batch.targets, IGNORE), count=0)
 
 
-def started() -> int:
-    """How many ranks torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def together(mesh: str, device: str) -> Iterator[World]:
-    """The world that torchrun has started, or this process alone. What a lost rank does to the others is one line."""
-    size = started()
-    found = parse_mesh(mesh, size)
-    if size == 1:
-        yield World()
-        return
-    rank, kind = int(os.environ["RANK"]), device.partition(":")[0]
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield World(rank, found, kind)
-        dist.barrier()
-    except (RuntimeError, dist.DistError) as e:
-        if isinstance(e, OneblockError):
-            raise
-        raise OneblockError(f"rank {rank} of {size} lost the others or failed: {str(e).strip().splitlines()[0]}") from e
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """The world that torchrun has started, or this process alone."""
+    found = parse_mesh(mesh, started())
+    with joined(device) as ranks:
+        yield World(ranks.rank, found, device.partition(":")[0]) if ranks.size > 1 else World()

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from oneblock.compiler import compiler, kept
+
 SOURCE = Path(__file__).with_name("products.cpp")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-std=c++20")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni")
@@ -62,17 +64,12 @@ def processor_flags() -> frozenset[str]:
     return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
 
 
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
 @cache
 def cached() -> Path:
     """Where the operators of this source, this torch and this processor are kept."""
     what = [SOURCE.read_text(), torch.__version__, compiler(), *FLAGS, *sorted(processor_flags())]
     name = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "oneblock" / "kernels" / f"{name}.so"
+    return kept("kernels") / f"{name}.so"
 
 
 def compile_to(path: Path) -> None:
