@@ -27,7 +27,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 bench: $(VENV)/.test
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -45,6 +47,32 @@ def alternate(
         for side in (0, 1) if i % 2 == 0 else (1, 0):
             found[side].append((ours, peer)[side]())
     return statistics.median(found[0]), statistics.median(found[1])
+
+
+class Side:
+    """A process of the running script that times something whenever it is asked."""
+
+    def __init__(self, flags: list[str]):
+        argv, log = [sys.executable, sys.argv[0], *flags], None if os.environ.get("DEBUG") else subprocess.DEVNULL
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def ask(self, *what: Any) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def answer(run: Callable[..., float]) -> None:
+    """What such a process does: a line in, a line out."""
+    for line in sys.stdin:
+        print(run(*json.loads(line)), flush=True)
 
 
 def row(name: str, ours: float, peer: float, unit: str, lower_is_better: bool = False) -> Row:

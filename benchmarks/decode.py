@@ -10,9 +10,7 @@ bf16 compare them with transformers in bf16. `read-bandwidth` is weights read pe
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +22,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from common import Row, arguments, report, row, seconds
+from common import Row, Side, answer, arguments, report, row, seconds
 
 IN, OUT, LONG = 128, 128, 512
 SHAPES: dict[str, dict[str, int]] = {
@@ -166,28 +164,6 @@ def timed(once: Callable[[list[list[int]], int], float]) -> Run:
 # ------------------------------------------------------------------ turns
 
 
-class Side:
-    """A process that times a run whenever it is asked."""
-
-    def __init__(self, kind: str, path: Path, threads: int, compile: str):
-        argv = [sys.executable, __file__, "--side", kind, "--path", str(path), "--compile", compile]
-        argv += ["--threads", str(threads)]
-        log = None if os.environ.get("DEBUG") else subprocess.DEVNULL
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-
-    def ask(self, what: str, texts: int) -> float:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([what, texts]) + "\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def serve(kind: str, path: Path, threads: int, compile: str) -> None:
     if kind == "read":
         run: Run = lambda what, texts: read_bandwidth()  # noqa: E731
@@ -195,8 +171,7 @@ def serve(kind: str, path: Path, threads: int, compile: str) -> None:
         run = ours(path, compile)
     else:
         run = transformers_side(path) if kind == "transformers" else llama_side(path, threads)
-    for line in sys.stdin:
-        print(run(*json.loads(line)), flush=True)
+    answer(run)
 
 
 def read_bandwidth() -> float:
@@ -212,7 +187,8 @@ def measure(case: tuple[str, str, str, int, str], folder: Path, args: Any, llama
         paths["llama.cpp"] = folder / f"{model}-{form}.gguf"
     if name == "1b-bf16":
         paths["read"] = folder
-    sides = {kind: Side(kind, path, args.threads, args.compile) for kind, path in paths.items()}
+    flags = ["--compile", args.compile, "--threads", str(args.threads)]
+    sides = {kind: Side([*flags, "--side", kind, "--path", str(path)]) for kind, path in paths.items()}
     found: dict[str, list[float]] = {kind: [] for kind in sides}
     for i in range(args.repeats + 1):
         for kind in sides if i % 2 == 0 else reversed(sides):

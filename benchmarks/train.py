@@ -22,7 +22,7 @@ import torch
 
 import peers
 import shakespeare
-from common import Row, arguments, report, row, seconds
+from common import Row, Side, answer, arguments, report, row, seconds
 
 BATCH, CONTEXT = 4, 512
 SIDES = ("ours", "fp32", "bf16")
@@ -62,30 +62,9 @@ def nanogpt(
 # ------------------------------------------------------------------ a side is a process
 
 
-class Side:
-    """A process that times a step whenever it is asked."""
-
-    def __init__(self, name: str, threads: int):
-        argv = [sys.executable, __file__, "--side", name, "--threads", str(threads)]
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self) -> float:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def serve(name: str) -> None:
     run = ours() if name == "ours" else nanogpt(name == "bf16")
-    for _ in sys.stdin:
-        print(seconds(run), flush=True)
+    answer(lambda: seconds(run))
 
 
 def product() -> float:
@@ -99,7 +78,7 @@ def steps(repeats: int, threads: int) -> list[Row]:
     from oneblock.plan import flops
     from oneblock.spec import spec
 
-    sides = {name: Side(name, threads) for name in SIDES}
+    sides = {name: Side(["--side", name, "--threads", str(threads)]) for name in SIDES}
     took: dict[str, list[float]] = {name: [] for name in SIDES}
     rates = []
     for i in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""What every test gets: no network, a fixed number of threads, and the folder of real data where there is one."""
+"""What every test gets: no network, one thread, and the folder of real data where there is one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the models are too small to share out; tests run side by side instead
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import oneblock
 from oneblock import OneblockError, cli
@@ -25,14 +24,6 @@ from oneblock.spec import FAMILIES
 from oneblock.text.train import byte_level
 
 END = 256
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

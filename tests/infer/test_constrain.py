@@ -51,14 +51,6 @@ NUMBER: /[0-9]{1,2}/
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     """One id for each byte, and one that ends a text; nearly every next byte as likely as any other."""

@@ -14,14 +14,6 @@ from oneblock.spec import FAMILIES, Dynamic, LongRope, Rope, Spec, Yarn
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_model(spec: Spec, seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
     model = Decoder(spec)

@@ -319,9 +319,4 @@ def build(case: Case, folder: Path) -> Reference:
 
 @pytest.fixture(scope="session", params=CASES, ids=[case.name for case in CASES])
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return build(request.param, tmp_path_factory.mktemp(request.param.name))
-    finally:
-        torch.set_num_threads(threads)
+    return build(request.param, tmp_path_factory.mktemp(request.param.name))

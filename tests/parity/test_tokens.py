@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,14 +12,6 @@ import oneblock
 NEW = 16
 LENGTHS = (38, 5, 21)  # the first crosses the LongRoPE limit of 40 while writing; all cross windows and chunks
 TIE = 5e-6  # logits this close may come in either order: rounding decides
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reference_tokens(model: Any, prompt: list[int], cached: bool) -> tuple[list[int], list[float]]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +33,6 @@ from oneblock.train.options import Loop, Optimizer, Schedule
 
 TEXT = np.tile(np.arange(200, dtype=np.uint16), 20)
 LOOP = Loop(steps=3, batch=2, dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def begin(optimizer: Optimizer, seed: int = 0, family: str = "llama") -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from oneblock.compiler import compiler_found
 from oneblock.data.rows import Batch, Rows, in_order
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.spec import spec
-from oneblock.train.assemble import compiler, compiles, learner_for
+from oneblock.train.assemble import compiles, learner_for
 from oneblock.train.loop import Metrics, State, start, train
 from oneblock.train.losses import evaluate, next_token
 from oneblock.train.machine import has_bf16, precision
@@ -24,15 +24,6 @@ from oneblock.train.world import World
 
 LOOP = Loop(steps=20, batch=4, dtype="float32")
 TEXT = np.tile(np.arange(13, dtype=np.uint16), 40)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share out: a busy machine would make threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def begin(seed: int = 0, **changes: object) -> State:
@@ -282,7 +273,7 @@ def test_compiled_blocks_learn_the_same() -> None:
 def test_where_compiling_pays() -> None:
     small = spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, context=64)
     assert not compiles(small, Loop(steps=10), 64)
-    assert compiles(small, Loop(steps=10**9), 64) == compiler()
+    assert compiles(small, Loop(steps=10**9), 64) == compiler_found()
     assert compiles(small, Loop(compile="on"), 64)
     assert not compiles(small, Loop(steps=10**9, compile="off"), 64)
 

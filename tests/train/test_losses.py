@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +22,6 @@ from oneblock.train.losses import pretraining
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 from oneblock.train.routing import Routing
 from oneblock.train.world import World
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def decoder(family: str = "llama", **changes: object) -> Decoder:

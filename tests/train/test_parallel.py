@@ -64,13 +64,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, tuple[dict[str, torch.Tensor], list[list[float]], float]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     found = {}
     for family in {family for _, family in TWO + FOUR}:
         state, metrics = run(World(), family)
         found[family] = weights(state), metrics, held_out(World(), state)
-    torch.set_num_threads(before)
     return found
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,6 @@ from oneblock.infer.llm import load
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400))
 TINY = ["--dim", "16", "--n-layers", "2", "--n-heads", "2", "--context", "24", "--batch", "4", "--dtype", "float32"]
 QUICK = [*TINY, "--steps", "12", "--log-every", "1", "--eval-every", "4", "--save-every", "5", "--warmup", "3"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share out: a busy machine would make threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -33,15 +33,6 @@ RARE = "#"  # stands in a few rows
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}.{RARE if i % 12 == 0 else ''}\n" for i in range(400))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small to share out: a busy machine would make threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def options(tmp_path: Path) -> Train:
     path = tmp_path / "sums.txt"
