@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oneblock.infer.compiled import Compiled, compiler_found, pays
+from oneblock.compiler import compiler_found
+from oneblock.infer.compiled import Compiled, pays
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
@@ -61,7 +62,7 @@ def test_auto_compiles_where_many_tokens_are_to_come() -> None:
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oneblock.infer.compiled.compiler_found", lambda: False)
+    monkeypatch.setattr("oneblock.infer.llm.compiler_found", lambda: False)
     llm = writer("llama")
     llm.compile = "on"
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler was found: steps are not compiled"):

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from oneblock.infer.cache import KVCache
-from oneblock.infer.coded import Coded, in_4_bits, in_8_bits
+from oneblock.infer.codes import in_4_bits, in_8_bits
 from oneblock.infer.kernels import build
-from oneblock.infer.streamline import Streamed, product, streamed, streamline
+from oneblock.infer.linears import Coded, Streamed, product
+from oneblock.infer.streamline import streamed, streamline
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
 

@@ -14,7 +14,8 @@ import oneblock
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.calibrate import calibrate, corrected
-from oneblock.infer.coded import Coded, in_4_bits, in_8_bits, packed, unpacked
+from oneblock.infer.codes import in_4_bits, in_8_bits, packed, unpacked
+from oneblock.infer.linears import Coded
 from oneblock.infer.llm import LLM
 from oneblock.infer.quantize import Bits, CodedExperts, quantize
 from oneblock.model import Decoder, init_weights
@@ -87,8 +88,9 @@ def test_a_folder_says_what_was_saved(family: str, bits: Bits, tmp_path: Path) -
     assert any(isinstance(m, Coded) for m in model.modules())
     assert (family in ("mixtral", "gpt_oss")) == any(isinstance(m, CodedExperts) for m in model.modules())
     assert (found - exact).norm() / exact.norm() < (0.05 if bits.bits == 8 else 0.5)
-    LLM(model).save(tmp_path / "coded")
+    LLM(model, generation={"temperature": 0.5}).save(tmp_path / "coded")
     back = oneblock.load(tmp_path / "coded")
+    assert back.generation == {"temperature": 0.5}
     with torch.no_grad():
         assert torch.equal(back.model(ids), found)
     assert back.spec == model.spec

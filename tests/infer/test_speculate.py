@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from oneblock.cli import main
 from oneblock.errors import OneblockError
-from oneblock.infer.llm import LLM
+from oneblock.infer.chat import Conversation
+from oneblock.infer.llm import LLM, load
 from oneblock.infer.speculate import Guess, Lookup, settled
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
@@ -48,6 +52,33 @@ def test_greedy_replies_are_the_same(family: str, by: str) -> None:
         if by == "itself" and not how and family != "gemma3":
             assert llm.tally.kept == llm.tally.guessed > 90
         assert family == "gemma3" or llm.tally.guessed > 0
+
+
+def test_guesses_leave_nothing_in_the_cache(tmp_path: Path) -> None:
+    """A reply that ends amid guesses: what is kept on disk, and a conversation's cache, hold what was written alone."""
+    llm, how = writer(), {"temperature": 0, "ignore_eos": True}
+    prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+    plain = llm.generate(prompt, max_tokens=40, **how).ids
+    llm.prompt_cache = tmp_path / "kept"
+    for guesses, n in ((5, 17), (5, 26), (0, 40)):
+        llm.guess(guesses, llm if guesses else None)
+        assert llm.generate(prompt, max_tokens=n, **how).ids == plain[:n]
+        with safe_open(llm.prompt_cache, "pt") as file:
+            kept = file.get_tensor("ids").tolist()
+            assert len(kept) == file.get_tensor("keys.0").shape[2]
+        assert kept == [*prompt, *plain][: len(kept)]
+        assert len(kept) >= len(prompt) + n - 7
+
+
+def test_a_conversation_guesses_too(data: Path) -> None:
+    said = []
+    for guesses in (0, 4):
+        llm = load(data / "weights" / "stories260k")
+        llm.guess(guesses)
+        talk = Conversation(llm, llm.request(max_tokens=40, temperature=0.0))
+        said.append(["".join(talk.say(line)) for line in ("Once upon a time", "Then they played and played")])
+        assert (llm.tally.guessed > 0) == (guesses > 0)
+    assert said[0] == said[1]
 
 
 def test_what_is_written_has_the_models_distribution() -> None:

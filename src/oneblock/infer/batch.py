@@ -24,14 +24,12 @@ from oneblock.config import nearest
 from oneblock.errors import OneblockError
 from oneblock.infer.constrain import Shapes
 from oneblock.infer.generate import Request, Texts, check, room
-from oneblock.infer.llm import LLM, Options
-from oneblock.infer.sample import Choices, Sampler
+from oneblock.infer.llm import LLM, OPTIONS
+from oneblock.infer.sample import Sampler
 from oneblock.infer.stop import Reply
 from oneblock.plan import plan
 
-OPTIONS = (Options.__annotations__.keys() | Choices.__annotations__.keys() | Shapes.__annotations__.keys()) - {
-    "top_logprobs"
-}
+KEYS = {"prompt", "messages", "id"} | OPTIONS - {"top_logprobs"}  # of a line
 MOST = {"cpu": 32, "cuda": 128}  # rows of a batch, where memory does not say less
 SHARE = 0.5  # of the free memory
 
@@ -185,10 +183,9 @@ class Reader:
     def job(self, n: int, row: Any) -> Job:
         if not isinstance(row, dict):
             raise OneblockError('a line is an object such as {"prompt": "Once upon a time"}')
-        known = {"prompt", "messages", "id"} | OPTIONS
-        unknown = next((name for name in row if name not in known), None)
+        unknown = next((name for name in row if name not in KEYS), None)
         if unknown is not None:
-            raise OneblockError(f"unknown key {unknown!r}{nearest(unknown, known)}")
+            raise OneblockError(f"unknown key {unknown!r}{nearest(unknown, KEYS)}")
         id = row.get("id", n)
         if isinstance(id, bool) or not isinstance(id, str | int):
             raise OneblockError(f"id is {json.dumps(id)}: it must be a text or a whole number")

@@ -29,6 +29,8 @@ class KVCache:
         self.batch, self.capacity, self.dtype, self.device = batch, max(capacity, 1), dtype, torch.device(device)
         self._attn = [layer.attn for layer in spec.layers]
         self._kinds: list[Kind] = [(a.window, a.chunk) for a in self._attn]
+        self._each: list[Kind] = list(dict.fromkeys(self._kinds))
+        self.kinds = [self._each.index(kind) for kind in self._kinds]  # which tensor of positions is a layer's
         self._keys: list[Tensor | None] = [None] * len(self._attn)
         self._values: list[Tensor | None] = [None] * len(self._attn)
         self._positions = torch.empty(0, 0, dtype=torch.long)  # (B or 1, capacity), where a row is padded
@@ -45,12 +47,6 @@ class KVCache:
     @property
     def padded(self) -> bool:
         return self._padded
-
-    @property
-    def kinds(self) -> list[int]:
-        """Of each layer, which of the position tensors of `tensors` is its own."""
-        found = list(dict.fromkeys(self._kinds))
-        return [found.index(kind) for kind in self._kinds]
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +137,7 @@ class KVCache:
             for x in (*self._keys, *self._values):
                 if x is not None:  # a graph multiplies what nobody sees by 0, and 0 times what lay there may be NaN
                     x[:, :, min(self._length, x.shape[2]) :].zero_()
-            self._marks = [self._mark(self._sizes[self._kinds.index(kind)]) for kind in dict.fromkeys(self._kinds)]
+            self._marks = [self._mark(self._sizes[self._kinds.index(kind)]) for kind in self._each]
         self._marked = self._length + self._new
         keys, values = ([x for x in kept if x is not None] for kept in (self._keys, self._values))
         return keys, values, self._marks
@@ -220,7 +216,7 @@ class KVCache:
 
     def can_rewind(self, length: int) -> bool:
         """Whether the cache could go back after it has had so many columns: a ring forgets what it writes over."""
-        return all(length <= (n or length) for kind in self._kinds for n in kind)
+        return all(length <= (n or length) for kind in self._each for n in kind)
 
     def rewind(self, length: int) -> bool:
         """Forget all columns from `length` on. False, and nothing done, where a ring has already dropped older ones."""

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from oneblock.infer.coded import Coded, in_4_bits
-from oneblock.infer.quantize import Bits, replace, share_head
+from oneblock.infer.codes import in_4_bits
+from oneblock.infer.linears import Coded
+from oneblock.infer.quantize import Bits, Fill, nearest, replace, share_head
 from oneblock.model import Decoder
 from oneblock.model.step import Step
 
@@ -27,7 +28,7 @@ def calibrate(model: Decoder, bits: Bits, ids: Tensor, seen: Callable[[int], Non
     parts = [model.embedded(part, step.positions) for part in ids.split(ROWS)]
     for layer, block in enumerate(model.blocks):
         if model.spec.layers[layer].attn.cross:
-            replace(block, bits, lambda name, coded, weight: coded.fill(*in_4_bits(weight, bits.group)))
+            replace(block, bits, nearest)
             continue
         with products(block) as sums:
             for x in parts:
@@ -65,12 +66,12 @@ def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def filler(sums: dict[str, Tensor]) -> Callable[[str, Coded, Tensor], None]:
+def filler(sums: dict[str, Tensor]) -> Fill:
     def fill(name: str, coded: Coded, weight: Tensor) -> None:
         if name in sums:
             coded.fill(*corrected(weight, sums.pop(name), coded.group))
         else:
-            coded.fill(*in_4_bits(weight, coded.group))
+            nearest(name, coded, weight)
 
     return fill
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from oneblock.infer.generate import Request, Texts, events
+from oneblock.infer.generate import Request, Texts
 from oneblock.infer.llm import LLM
 
 
@@ -35,7 +35,7 @@ class Conversation:
         pieces: list[str] = []
         ids = list(prompt)
         try:
-            for event in events(texts, self.request, [self.llm.detokenizer(prompt)]):
+            for event in self.llm.run(texts, self.request, [self.llm.detokenizer(prompt)]):
                 pieces.append(event.text)
                 if event.id not in self.request.stop_ids:
                     ids.append(event.id)

@@ -22,7 +22,7 @@ from oneblock.errors import OneblockError
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
     from oneblock.infer.llm import LLM, Completion
-    from oneblock.infer.parallel import Ranks
+    from oneblock.ranks import Ranks
 
 HELP = """\
 /reset      forget everything said so far
@@ -143,9 +143,9 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
 
 def generate(options: GenerateOptions) -> None:
     """On the ranks that torchrun has started, or here; the first of them writes."""
-    from oneblock.infer.parallel import together
+    from oneblock.ranks import joined
 
-    with together(options.loading.device) as ranks, redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
+    with joined(options.loading.device) as ranks, redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
         written(options, ranks)
 
 

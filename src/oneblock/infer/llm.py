@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
 from oneblock import store
+from oneblock.compiler import compiler_found
 from oneblock.errors import OneblockError
 from oneblock.infer.constrain import Constraint, Grammar, Shapes
 from oneblock.infer.generate import Event, Request, Texts, check, events, room
 from oneblock.infer.longer import lengthen
-from oneblock.infer.parallel import Ranks, split
+from oneblock.infer.parallel import split
 from oneblock.infer.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.infer.sample import Choices, Sampling
 from oneblock.infer.saved import keep, take
@@ -21,6 +22,7 @@ from oneblock.infer.speculate import Draft, Lookup, Tally, check_alike, speculat
 from oneblock.infer.stop import CONTEXT_OF_TEXT, Detokenizer, Finish
 from oneblock.infer.streamline import streamline
 from oneblock.model import Decoder
+from oneblock.ranks import Ranks
 from oneblock.spec import Spec
 from oneblock.store.load import Checkpoint
 from oneblock.store.rules import Layout
@@ -49,6 +51,9 @@ class Options(Choices, Shapes, total=False):
     ignore_eos: bool  # go on past the model's own
     seed: int | Sequence[int] | None  # prompt i of a list draws from seed + i; a list gives each its own
     top_logprobs: int  # also give this many of the likeliest tokens at each place
+
+
+OPTIONS = frozenset(Options.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,9 @@ class LLM:
 
     def request(self, rows: int = 1, **options: Unpack[Options]) -> Request:
         """The options checked, with the model's own defaults where nothing is asked for."""
-        known = Options.__annotations__.keys() | Choices.__annotations__.keys() | Shapes.__annotations__.keys()
-        unknown = next((name for name in options if name not in known), None)
+        unknown = next((name for name in options if name not in OPTIONS), None)
         if unknown is not None:
-            raise TypeError(f"unknown argument {unknown!r}; known: {', '.join(sorted(known))}")
+            raise TypeError(f"unknown argument {unknown!r}; known: {', '.join(sorted(OPTIONS))}")
         stop = options.get("stop") or ()
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if self.tokenizer is None and any(stop):
@@ -216,25 +220,27 @@ class LLM:
         return Texts(self.model, prompts, longest + more, self.compiled(more))
 
     def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[Event]:
-        texts, [first, *more] = self.texts(prompts, request), [self.detokenizer(prompt) for prompt in prompts]
-        if self.prompt_cache is not None and not more:
-            return self._kept(self.prompt_cache, texts, self._single(texts, request, first))
-        return events(texts, request, [first, *more]) if more else self._single(texts, request, first)
+        return self.run(self.texts(prompts, request), request, [self.detokenizer(prompt) for prompt in prompts])
+
+    def run(self, texts: Texts, request: Request, detokenizers: Sequence[Detokenizer | None]) -> Iterator[Event]:
+        """The texts' tokens as they come; of a single text guessed, and kept on disk, where that was asked for."""
+        if len(texts.rows) > 1:
+            return events(texts, request, detokenizers)
+        found = self._guessed(texts, request, detokenizers[0]) if self.guesses else events(texts, request, detokenizers)
+        return found if self.prompt_cache is None else self._kept(self.prompt_cache, texts, found)
 
     def _kept(self, path: Path, texts: Texts, found: Iterator[Event]) -> Iterator[Event]:
         """The same, begun from the file where it has the text's beginning, and written to it at the end."""
-        if path.exists():
+        if path.exists() and not texts.cache.length:
             take(path, texts)
         yield from found
         keep(path, texts)
 
-    def _single(self, texts: Texts, request: Request, first: Detokenizer | None) -> Iterator[Event]:
-        if not self.guesses:
-            return events(texts, request, [first])
+    def _guessed(self, texts: Texts, request: Request, detokenizer: Detokenizer | None) -> Iterator[Event]:
         self.tally = Tally()
         seed = request.seeds[0] if request.seeds else 0
         guesser = Lookup() if self.draft is None else Draft(self.draft.model, request.sampling, seed + 1)
-        return speculated(texts, request, first, guesser, self.guesses, self.tally)
+        return speculated(texts, request, detokenizer, guesser, self.guesses, self.tally)
 
     def guess(self, n: int, draft: LLM | None = None) -> None:
         """From now on guess n tokens of single texts at a time: by a smaller model, or by what the text has repeated.
@@ -253,7 +259,7 @@ class LLM:
 
     def compiled(self, tokens: int) -> Compiled | None:
         """The step as one graph, where it was asked for or so many tokens repay its making."""
-        from oneblock.infer.compiled import Compiled, compiler_found, pays
+        from oneblock.infer.compiled import Compiled, pays
 
         if self._compiled is None and self.compile == "on" and not compiler_found():
             warnings.warn("no C++ compiler was found: steps are not compiled (install g++)", stacklevel=2)
@@ -287,7 +293,7 @@ class LLM:
         """Write a Hugging Face folder: configuration, weights, tokenizer; the old one stays until the new is whole."""
         with store.replacing(folder) as new:
             if bits := bits_of(self.model):
-                write_quantized(new, self.model, bits, self.config)
+                write_quantized(new, self.model, bits, self.config, self.generation)
             else:
                 write_model(new, self.model, self.config or None, self.generation or None, layout=self._layout)
             if self.tokenizer is not None:
@@ -335,8 +341,7 @@ def read(
 
         return load_gguf(path, dtype, device)
     if bits := quantized(store.read_config(path)[1]):
-        model, config = load_quantized(path, bits, dtype, device)
-        return Checkpoint(model, model.spec, config), find_tokenizer(path)
+        return load_quantized(path, bits, dtype, device), find_tokenizer(path)
     return store.load_model(path, dtype, device), find_tokenizer(path)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oneblock.infer.cache import KVCache
+from oneblock.infer.quantize import weight_bytes
 from oneblock.model import Decoder
 
 DECODED = 24  # tokens over which speed is measured
@@ -41,8 +42,8 @@ def quality(name: str, model: Decoder, ids: Tensor, expected: Tensor) -> Quality
         divergence += (theirs.exp() * (theirs - ours)).sum().item()
         same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
     places, targets = ids.numel(), ids.numel() - len(ids)
-    size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    return Quality(name, size, math.exp(loss / targets), divergence / places, same / places, speed(model, ids[0]))
+    means = (math.exp(loss / targets), divergence / places, same / places)
+    return Quality(name, weight_bytes(model), *means, speed(model, ids[0]))
 
 
 def speed(model: Decoder, ids: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oneblock.errors import OneblockError
-from oneblock.infer.coded import Coded, in_4_bits, in_8_bits
+from oneblock.infer.codes import in_4_bits, in_8_bits
+from oneblock.infer.linears import Coded
 from oneblock.model import Decoder
 from oneblock.model.mlp import Experts, activate
-from oneblock.store.config import CONFIG, QUANTIZED, read_config, write_config
-from oneblock.store.load import SINGLE, as_dtype, on_meta
+from oneblock.store.config import QUANTIZED, read_config, write_config
+from oneblock.store.load import SINGLE, Checkpoint, as_dtype, on_meta, read_generation
+from oneblock.store.save import write_settings
 
 EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
 
@@ -38,17 +39,13 @@ class Bits:
             raise OneblockError(f"groups of {self.group}: choose 32, 64 or 128")
 
 
-# What a layer's weights (N, K) become: codes, scales, and offsets of 4 bits. By the layer's name
-Coder = Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+Fill = Callable[[str, Coded, Tensor], None]  # give a coded layer of this name the codes of these weights (N, K)
 
 
-def nearest(bits: Bits) -> Coder:
+def nearest(name: str, coded: Coded, weight: Tensor) -> None:
     """Each number to the nearest code."""
-
-    def code(name: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return in_4_bits(weight, bits.group) if bits.bits == 4 else (*in_8_bits(weight), None)
-
-    return code
+    codes = in_4_bits(weight, coded.group) if coded.group else (*in_8_bits(weight), None)
+    coded.fill(*codes)
 
 
 class CodedEmbedding(nn.Module):
@@ -93,17 +90,13 @@ class CodedExperts(nn.Module):
         return torch.cat(parts)
 
 
-def quantize(model: Decoder, bits: Bits, coder: Coder | None = None) -> Decoder:
+def quantize(model: Decoder, bits: Bits) -> Decoder:
     """In place: matrices of the blocks and the head become codes; embeddings, norms, biases and routers stay.
 
-    A matrix whose columns no group divides stays, too. `coder` chooses the codes; left out, the nearest ones.
+    A matrix whose columns no group divides stays, too.
     """
-    code = coder or nearest(bits)
-    replace(model, bits, lambda name, coded, weight: coded.fill(*code(name, weight)))
+    replace(model, bits, nearest)
     return share_head(model)
-
-
-Fill = Callable[[str, Coded, Tensor], None]  # give a coded layer of this name the codes of these weights
 
 
 def replace(root: nn.Module, bits: Bits, fill: Fill) -> None:
@@ -156,16 +149,22 @@ def bits_of(model: Decoder) -> Bits | None:
     return None if found is None else Bits(found.bits, found.group or 64)
 
 
-def write_quantized(folder: Path, model: Decoder, bits: Bits, config: Mapping[str, Any] | None = None) -> None:
-    """config.json and the weights, codes and scales under the model's own names."""
-    plain = dict(config) if config else write_config(model.spec)
-    state = {name: x.contiguous() for name, x in tensors(model)}
-    save_file(state, folder / SINGLE, {"format": "oneblock"})
-    more = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization_config": {"quant_method": QUANTIZED, **asdict(bits)},
-    }
-    (folder / CONFIG).write_text(json.dumps({**plain, **more}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_quantized(
+    folder: Path,
+    model: Decoder,
+    bits: Bits,
+    config: Mapping[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+) -> None:
+    """The settings; and the weights, codes and scales under the model's own names."""
+    save_file({name: x.contiguous() for name, x in tensors(model)}, folder / SINGLE, {"format": "oneblock"})
+    said = {"quantization_config": {"quant_method": QUANTIZED, **asdict(bits)}}
+    write_settings(folder, model, {**(config or write_config(model.spec)), **said}, generation)
+
+
+def weight_bytes(model: Decoder) -> int:
+    """What its weights, codes and scales take."""
+    return sum(x.nbytes for _, x in tensors(model))
 
 
 def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -176,24 +175,22 @@ def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 def load_quantized(
     folder: Path, bits: Bits, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[Decoder, dict[str, Any]]:
-    """The model of a folder that `write_quantized` made, and its configuration.
-
-    OneblockError names what is missing, or of another size.
-    """
+) -> Checkpoint:
+    """The model of a folder that `write_quantized` made. OneblockError names what is missing, or of another size."""
     spec, config = read_config(folder)
     model, path = on_meta(spec), folder / SINGLE
+    wanted = as_dtype(dtype) if dtype else None
     with torch.device("meta"):
         replace(model, bits, lambda name, coded, weight: None)
     share_head(model)
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            fill(model, path, {name: file.get_tensor(name) for name in file.keys()}, as_dtype(dtype))  # noqa: SIM118
+            fill(model, path, {name: file.get_tensor(name) for name in file.keys()}, wanted)  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise OneblockError(f"{path}: {str(e).splitlines()[0]}; quantize the model again") from None
     if isinstance(model.embed, CodedEmbedding):
         model.embed.dtype = model.dtype
-    return model, config
+    return Checkpoint(model, spec, config, read_generation(folder))
 
 
 def fill(model: Decoder, path: Path, stored: dict[str, Tensor], dtype: torch.dtype | None) -> None:

@@ -39,7 +39,7 @@ class QuantizeOptions:
 
 def quantize(options: QuantizeOptions) -> None:
     from oneblock.infer.llm import load
-    from oneblock.infer.quantize import Bits
+    from oneblock.infer.quantize import Bits, weight_bytes
 
     bits = Bits(options.bits, options.group)
     if options.calibrate and bits.bits != 4 and not options.report:
@@ -48,14 +48,10 @@ def quantize(options: QuantizeOptions) -> None:
         report(options)
         return
     llm = load(options.model, "bfloat16")
-    before = size(llm)
+    before = weight_bytes(llm.model)
     shrink(llm, bits, options.calibrate)
     llm.save(options.out)
-    print(f"{before / 1e9:.3g} GB in bf16, {size(llm) / 1e9:.3g} GB in {bits.bits} bits: {options.out}")
-
-
-def size(llm: LLM) -> int:
-    return sum(x.nbytes for x in (*llm.model.parameters(), *llm.model.buffers()))
+    print(f"{before / 1e9:.3g} GB in bf16, {weight_bytes(llm.model) / 1e9:.3g} GB in {bits.bits} bits: {options.out}")
 
 
 def shrink(llm: LLM, bits: Bits, text: Path | None) -> None:

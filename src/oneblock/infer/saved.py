@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 from oneblock.errors import OneblockError
 from oneblock.infer.generate import Texts
 from oneblock.model import Decoder
+from oneblock.store.folder import replacing_file
 
 
 def fingerprint(model: Decoder) -> str:
@@ -32,15 +30,11 @@ def keep(path: Path, texts: Texts) -> None:
     held = {"ids": torch.tensor(row[: cache.length])}
     for layer, (k, v) in enumerate(cache.columns()):
         held |= {f"keys.{layer}": k, f"values.{layer}": v}
-    new = path.with_name(f".{path.name}.{token_hex(4)}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, new, {"model": fingerprint(texts.model)})
-        os.replace(new, path)
-    except (OSError, SafetensorError) as e:
-        with suppress(OSError):
-            new.unlink()
-        raise OneblockError(f"{path}: the prompt's cache could not be written ({e})") from None
+    with replacing_file(path) as new:
+        try:
+            save_file(held, new, {"model": fingerprint(texts.model)})
+        except SafetensorError as e:  # what it makes of a full disk
+            raise OSError(str(e)) from None
 
 
 def take(path: Path, texts: Texts) -> int:

@@ -137,32 +137,39 @@ class Speculation:
     counts: Counts | None
     tally: Tally = field(default_factory=Tally)
 
-    def step(self, most: int) -> Iterator[Event]:
-        """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come."""
+    def step(self, most: int) -> list[Event]:
+        """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come.
+
+        The cache has no more than the row then.
+        """
         texts, [row] = self.texts, self.texts.rows
         n = min(self.length, most - 1)
         guess = self.guesser.guess(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else Guess([])
         logits = texts.peek(guess.ids)
         if logits.isnan().any():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
-        self.tally.guessed += len(guess.ids)
-        before = len(row)
+        chosen: list[Event] = []
         for i in range(len(guess.ids) + 1):
-            p = weighed(logits[i], self.request.sampling, self.counts)
-            kept = False
-            if i < len(guess.ids):
-                q = None if guess.weights is None else guess.weights[i]
-                id, kept = settled(p, guess.ids[i], q, self.luck)
-            else:
-                id = pick(p, self.luck)
-            self.tally.kept += kept
-            if self.counts is not None:
-                self.counts.add(torch.tensor([id], device=logits.device))
+            id, kept = self.settle(logits[i], guess, i)
+            chosen += chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)
             texts.append([id])
-            yield chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)[0]
             if not kept:
                 break
-        texts.cache.rewind(min(before + len(guess.ids), len(texts.rows[0]) - 1))
+        self.tally.guessed += len(guess.ids)
+        self.tally.kept += len(chosen) - 1
+        texts.cache.rewind(len(row) - 1)  # the last of them is the model's own, and not yet fed
+        return chosen
+
+    def settle(self, logits: Tensor, guess: Guess, i: int) -> tuple[int, bool]:
+        """The token after the first i guesses, and whether it is the next of them."""
+        p = weighed(logits, self.request.sampling, self.counts)
+        if i == len(guess.ids):
+            found = pick(p, self.luck), False
+        else:
+            found = settled(p, guess.ids[i], None if guess.weights is None else guess.weights[i], self.luck)
+        if self.counts is not None:
+            self.counts.add(torch.tensor([found[0]], device=logits.device))
+        return found
 
 
 @torch.inference_mode()

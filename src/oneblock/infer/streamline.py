@@ -5,53 +5,17 @@ Done from outside and in place; parameters and their names stay. Without kernels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneblock.infer.coded import Coded
 from oneblock.infer.kernels.build import available
+from oneblock.infer.linears import Coded, Layer, Streamed, product
 from oneblock.model import Decoder
 from oneblock.model.attention import Attention
 from oneblock.model.mlp import Mlp
 from oneblock.model.step import Step
-
-MOST = 16  # rows up to which bf16 weights stream faster than torch's product, which wins with more
-
-
-class Streamed(nn.Linear):
-    """nn.Linear whose products of few rows go as fast as the memory."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return product(input, (self,))[0]
-
-    def plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-Layer = Streamed | Coded
-
-
-def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
-    """What each layer makes of x (.., K)."""
-    kernels = x.device.type == "cpu" and x.dtype == torch.bfloat16 and available()
-    coded = [layer for layer in layers if isinstance(layer, Coded)]
-    few = x.numel() <= MOST * x.shape[-1]
-    if not kernels or not (few or coded) or len(coded) not in (0, len(layers)):
-        return [layer.plain(x) for layer in layers]
-    x, shape = x.contiguous(), x.shape[:-1]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    sizes = [layer.out_features for layer in layers]
-    if coded:
-        offsets = [layer.offset for layer in coded if layer.offset is not None]
-        codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
-        y = torch.ops.oneblock_rows.linear_coded(x, codes, scales, offsets, biases, sizes, coded[0].block)
-    else:
-        y = torch.ops.oneblock_rows.linear(x, [cast(Streamed, layer).weight for layer in layers], biases)
-    return y.view(*shape, -1).split(sizes, -1) if len(sizes) > 1 else (y.view(*shape, -1),)
 
 
 class Project:

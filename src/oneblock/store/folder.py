@@ -1,4 +1,4 @@
-"""Replacing a folder in one step: written beside it, flushed to the disk, then exchanged with it."""
+"""Replacing a folder or a file in one step: written beside it, flushed to the disk, then exchanged with it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)  # what was half written, or what was there before
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place once the block is through; before that nothing changes."""
+    new = path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}.new")
+    try:
+        if path.is_dir():
+            raise OneblockError(f"{path}: is a folder; name the file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise OneblockError(
+            f"{path}: could not be written ({error.strerror or error}); make room or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            new.unlink()
 
 
 def _check(target: Path) -> None:

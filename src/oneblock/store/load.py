@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from oneblock.store.tensors import CODES, DTYPES, Maps, Source, copy_in, mappabl
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 WORKERS = 4  # as many slabs in memory at a time
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.msgpack", "*.h5")
 
@@ -61,8 +63,13 @@ def load_model(
         config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
         model, match = _untied(family, spec, entries)
     _fill(model, match.slots, entries, target, torch.device(device))
-    generation = folder / "generation_config.json"
-    return Checkpoint(model, spec, config, read_json(generation) if generation.exists() else {}, match.layout)
+    return Checkpoint(model, spec, config, read_generation(folder), match.layout)
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """How the folder's model is used to choose tokens; empty where it does not say."""
+    path = folder / GENERATION
+    return read_json(path) if path.exists() else {}
 
 
 def on_meta(spec: Spec) -> Decoder:
@@ -229,15 +236,11 @@ def _dtype(asked: str | torch.dtype | None, slots: Slots, entries: dict[str, Ent
             entry = entries[name]
             stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.end - entry.start
         return DTYPES[max(stored, key=lambda code: stored[code])]
-    found = as_dtype(asked)
-    assert found is not None
-    return found
+    return as_dtype(asked)
 
 
-def as_dtype(asked: str | torch.dtype | None) -> torch.dtype | None:
+def as_dtype(asked: str | torch.dtype) -> torch.dtype:
     """A dtype by its name. OneblockError where models do not compute in it."""
-    if asked is None:
-        return None
     dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
     if dtype not in CODES:
         known = ", ".join(str(d).removeprefix("torch.") for d in CODES)
@@ -259,7 +262,7 @@ def _fill(model: Decoder, slots: Slots, entries: dict[str, Entry], dtype: torch.
         ready[name] = torch.empty(shapes[name], dtype=dtype, device=device)
     if rest:
         _copy_all(rest, ready)
-    _assign(model, ready)
+    assign(model, ready)
 
 
 def _copy_all(rest: list[tuple[Entry, Slot]], ready: dict[str, Tensor]) -> None:
@@ -273,7 +276,8 @@ def _copy_all(rest: list[tuple[Entry, Slot]], ready: dict[str, Tensor]) -> None:
         torch.set_num_threads(before)  # a part of the setting is the whole process's
 
 
-def _assign(model: Decoder, tensors: dict[str, Tensor]) -> None:
+def assign(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
+    """Give the model these parameters, by name."""
     for name, tensor in tensors.items():
         module, _, key = name.rpartition(".")
         setattr(model.get_submodule(module), key, nn.Parameter(tensor))

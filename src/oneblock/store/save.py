@@ -16,7 +16,7 @@ from oneblock.model import Decoder
 from oneblock.store.config import CONFIG, family_of, write_config
 from oneblock.store.folder import replacing
 from oneblock.store.header import SIZES, build_header
-from oneblock.store.load import INDEX, SINGLE, Checkpoint, head_name, on_meta, parameter_shapes
+from oneblock.store.load import GENERATION, INDEX, SINGLE, Checkpoint, head_name, on_meta, parameter_shapes
 from oneblock.store.rules import Family, Layout, Slot, Slots, disk_names, slots
 from oneblock.store.tensors import CODES, chunks
 
@@ -65,9 +65,7 @@ def write_model(
     for name, held in files.items():
         write_file(folder / name, held, dict(model.named_parameters()))
     _write_index(folder, files, dict(model.named_parameters()))
-    _write_json(folder / CONFIG, _with_dtype(config, model))
-    if generation:
-        _write_json(folder / "generation_config.json", generation)
+    write_settings(folder, model, config, generation)
 
 
 def model_files(model: Decoder, parts: int) -> dict[str, Slots]:
@@ -81,7 +79,7 @@ def model_files(model: Decoder, parts: int) -> dict[str, Slots]:
 def write_config_files(folder: Path, model: Decoder, files: dict[str, Slots]) -> None:
     """What stands beside the weight files."""
     _write_index(folder, files, dict(model.named_parameters()))
-    _write_json(folder / CONFIG, _with_dtype(write_config(model.spec), model))
+    write_settings(folder, model, write_config(model.spec))
 
 
 def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
@@ -102,6 +100,16 @@ def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
     if layout.stored_head and model.spec.tied:
         found[rename(head_name(family))] = next(s for s in found.values() if s.parts[0].name == "embed.weight")
     return found
+
+
+def write_settings(
+    folder: Path, model: Decoder, config: dict[str, Any], generation: dict[str, Any] | None = None
+) -> None:
+    """config.json, and generation_config.json where there are such habits."""
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    _write_json(folder / CONFIG, {**config, key: str(model.dtype).removeprefix("torch.")})
+    if generation:
+        _write_json(folder / GENERATION, generation)
 
 
 def weight_files(slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: int) -> dict[str, Slots]:
@@ -158,11 +166,6 @@ def _code(slot: Slot, tensors: Mapping[str, Tensor]) -> str:
 
 def _bytes(slot: Slot, tensors: Mapping[str, Tensor]) -> int:
     return torch.Size(slot.shape).numel() * SIZES[_code(slot, tensors)]
-
-
-def _with_dtype(config: dict[str, Any], model: Decoder) -> dict[str, Any]:
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    return {**config, key: str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

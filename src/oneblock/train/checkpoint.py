@@ -131,14 +131,12 @@ class Saver:
         new.mkdir(parents=True)
 
     def _write_share(self, new: Path, share: Share, progress: Progress) -> None:
-        written = share.write(new)
+        mine = share.write(new)
         if self.rank == 0:
             self.tokenizer.save(new)
             (new / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
-            written = [path.name for path in new.iterdir() if path.suffix == ".json" or path.name in written]
-            others = (".json", ".safetensors", ".sums")  # and hidden ones: safetensors writes aside and renames
-            written += [p.name for p in new.iterdir() if p.suffix not in others and not p.name.startswith(".")]
-        sums = manifest.sums_of(new, sorted(set(written)))
+            mine += [path.name for path in new.iterdir() if not is_shared(path) and path.name not in mine]
+        sums = manifest.sums_of(new, sorted(mine))
         (new / f"{self.rank}.sums").write_text(json.dumps(sums))
 
     def _finish(self, new: Path, folder: Path) -> None:
@@ -155,6 +153,11 @@ class Saver:
         point(self.run / LATEST, folder.name)
         for old in [path for path in saved(self.run) if path != folder][self.keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def is_shared(path: Path) -> bool:
+    """Whether several ranks write such files; hidden ones are what safetensors writes aside and renames."""
+    return path.suffix in (".safetensors", ".sums") or path.name.startswith(".")
 
 
 class Share:

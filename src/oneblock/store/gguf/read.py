@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from oneblock.errors import OneblockError
-from oneblock.model import Decoder
 from oneblock.spec import Spec
 from oneblock.store.config import family_of
 from oneblock.store.gguf.blocks import PLAIN, READ, decode, size
@@ -20,9 +19,9 @@ from oneblock.store.gguf.header import Header, read_header
 from oneblock.store.gguf.names import FREQS, LONG, SHORT, Place, places
 from oneblock.store.gguf.tokenizer import ends, read_tokenizer
 from oneblock.store.header import AGAIN, Entry
-from oneblock.store.load import Checkpoint, on_meta, parameter_shapes
+from oneblock.store.load import Checkpoint, as_dtype, assign, on_meta, parameter_shapes
 from oneblock.store.rules import Shape
-from oneblock.store.tensors import CODES, Maps
+from oneblock.store.tensors import Maps
 from oneblock.text import Tokenizer
 
 SLAB = 1 << 20  # numbers
@@ -44,11 +43,11 @@ def load_gguf(
         model = on_meta(spec)
         found = places(architecture(header.settings), family_of(config), spec, parameter_shapes(model))
         _check(header, found)
-        target = _dtype(header, found) if dtype is None else _wanted(dtype)
+        target = _dtype(header, found) if dtype is None else as_dtype(dtype)
         tokenizer = read_tokenizer(header.settings, spec.vocab)
     except OneblockError as error:
         raise OneblockError(f"{path}: {error}") from error
-    _assign(model, _filled(header, found, parameter_shapes(model), target, torch.device(device)))
+    assign(model, _filled(header, found, parameter_shapes(model), target, torch.device(device)))
     config |= {"bos_token_id": tokenizer.bos_id if tokenizer else None, "eos_token_id": ends(header.settings)}
     return Checkpoint(model, spec, config), tokenizer
 
@@ -117,14 +116,6 @@ def _dtype(header: Header, found: dict[str, Place]) -> torch.dtype:
     return max(stored, key=lambda dtype: stored[dtype])
 
 
-def _wanted(asked: str | torch.dtype) -> torch.dtype:
-    dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if dtype not in CODES:
-        known = ", ".join(str(d).removeprefix("torch.") for d in CODES)
-        raise OneblockError(f"dtype {asked!r} is not one a model computes in: choose one of {known}")
-    return dtype
-
-
 # ------------------------------------------------------------------ the weights themselves
 
 
@@ -147,13 +138,6 @@ def _filled(
             fill(entry, place, own)
             ready |= own
     return ready
-
-
-def _assign(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        module, _, key = name.rpartition(".")
-        setattr(model.get_submodule(module), key, nn.Parameter(tensor))
-    model.tie()
 
 
 def _as_it_lies(entry: Entry, place: Place, dtype: torch.dtype, device: torch.device) -> bool:

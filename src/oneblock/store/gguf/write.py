@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
-from oneblock.store.folder import flush_folder
+from oneblock.store.folder import replacing_file
 from oneblock.store.gguf.blocks import PLAIN, WRITTEN, encode, fits, size
 from oneblock.store.gguf.config import write_settings
 from oneblock.store.gguf.names import Place, places
@@ -52,7 +49,7 @@ def save_gguf(
     settings |= {"general.name": name or path.stem, "general.type": "model", "general.file_type": int(FILE_TYPES[kind])}
     settings |= {"general.quantization_version": GGML_QUANT_VERSION}
     settings |= write_tokenizer(tokenizer, model.spec.vocab)
-    with _replacing(path) as new:
+    with replacing_file(path) as new:
         writer = GGUFWriter(new, arch)
         try:
             _write_header(writer, settings, found, factors, kind)
@@ -68,27 +65,6 @@ def _kind(model: Decoder, type: str | None) -> str:
     if type not in WRITTEN:
         raise OneblockError(f"type {type!r} is not known: choose one of {', '.join(WRITTEN)}")
     return WRITTEN[type]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside the path that takes its place once the block is through."""
-    new = path.with_name(f".{path.name}.{os.getpid()}-{token_hex(4)}.new")
-    try:
-        if path.is_dir():
-            raise OneblockError(f"{path}: is a folder; name the file to write, such as {path / 'model.gguf'}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
-        flush_folder(path.parent)
-    except OSError as error:
-        raise OneblockError(
-            f"{path}: could not be written ({error.strerror or error}); make room or choose another place"
-        ) from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def stored_as(name: str, shape: tuple[int, ...], kind: str) -> str:
