@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,6 +51,25 @@ def test_ragged_greedy_equals_alone_without_cache(name):
     prompts = some_prompts(model.spec.vocab, (3, 70, 1, 17))  # 70: past the small windows and chunks
     together = replies(model, prompts, Request(GREEDY, max_tokens=8))
     assert together == [without_cache(model, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_read_in_chunks_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and with rows whose first chunks are padding alone."""
+    model = random_model(FAMILIES[name]())
+    prompts = some_prompts(model.spec.vocab, (3, 90, 41))
+    whole = [replies(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)]
+    longest, inner = [], model.hidden
+
+    def hidden(ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+        longest.append(ids.numel())
+        return inner(ids, **rest)
+
+    monkeypatch.setattr("oneblock.infer.generate.CHUNK", 24)
+    monkeypatch.setattr(model, "hidden", hidden)
+    assert [replies(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)] == whole
+    scaled = {type(layer.attn.rope.scaling) for layer in model.spec.pattern if layer.attn.rope}
+    assert max(longest) <= 24 or scaled & {LongRope, Dynamic}
 
 
 def test_rows_that_end_leave_and_the_others_go_on():

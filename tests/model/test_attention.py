@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from oneblock.infer.cache import KVCache
 from oneblock.model import Decoder, Dropout, attention, flex
 from oneblock.spec import Attention, Layer, Llama3, Mlp, Moe, Rope, Spec
 
@@ -76,6 +77,24 @@ def test_the_definition(spec: Spec) -> None:
     step = attention.Step(torch.arange(21)[None], ordered=True)
     got = attention.attend(q, k, v, a, step, 0, sinks)
     torch.testing.assert_close(got, by_hand(spec, q, k, v, sinks), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("new", [2, 11])
+def test_queries_after_keys_of_earlier_passes(spec: Spec, new: int, dtype: torch.dtype) -> None:
+    """The last queries of a text over all of its keys: what they are when all are asked at once."""
+    a = spec.layers[0].attn
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, n, 21, 8) for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads))
+    sinks = torch.randn(a.n_heads) if a.sinks else None
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    cache = KVCache(spec, 2, 21, dtype)
+    cache.begin(torch.arange(21)[None])
+    step = attention.Step(torch.arange(21 - new, 21)[None], True, 21 - new, cache)
+    got = attention.attend(q[:, :, -new:], k, v, a, step, 0, sinks)
+    expected = by_hand(spec, q.float(), k.float(), v.float(), sinks)[:, :, -new:]
+    torch.testing.assert_close(got.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-2)
 
 
 @torch.no_grad()
@@ -176,7 +195,7 @@ def test_products_of_bf16_stay_as_close_to_the_truth_as_the_fused_kernel(length:
         q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
     )
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert attention._products_pay(q)
+    assert attention._products_pay(q, q.shape[2])
     got = attention._by_products(q, k, v, a, attention.Step(torch.arange(length)[None], ordered=True))
     assert (got - exact).abs().mean() < 3 * (fused - exact).abs().mean() + 1e-4
     assert (got - exact).abs().max() < 0.05

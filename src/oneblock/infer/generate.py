@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from oneblock.infer.constrain import Grammar
 
 
+CHUNK = 4096  # tokens, of all rows, that a prompt is read by: more at once need more memory and are no faster
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked for, of every prompt of a batch."""
@@ -68,6 +71,7 @@ class Texts:
         longest = max(map(len, self.rows))
         self.pads = [longest - len(row) for row in self.rows]
         self._steps = longrope_contexts(model.spec)
+        self._whole = any(isinstance(scaling(layer), s.LongRope | s.Dynamic) for layer in model.spec.pattern)
         self.forget()
 
     def forget(self) -> None:
@@ -85,7 +89,19 @@ class Texts:
             positions = columns - torch.tensor(self.pads, device=device)[:, None]
         if self.compiled is not None and start and len(ids[0]) == 1:
             return self.compiled(fed, positions, self.cache)
-        return self.model.logits(self.model.hidden(fed, positions=positions, cache=self.cache)[:, -1])
+        return self.model.logits(self._hidden(fed, positions)[:, -1])
+
+    def _hidden(self, fed: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The stream of what is fed, (B, T, dim); of a long prompt that of its last chunk."""
+        length, chunk = fed.shape[1], max(CHUNK // len(fed), 1)
+        if self._whole or length <= chunk:
+            return self.model.hidden(fed, positions=positions, cache=self.cache)
+        sizes = [length % chunk or chunk, *[chunk] * ((length - 1) // chunk)]
+        places = [None] * len(sizes) if positions is None else positions.split(sizes, 1)
+        *early, (ids, at) = zip(fed.split(sizes, 1), places, strict=True)
+        for ids_before, at_before in early:
+            self.model.hidden(ids_before, positions=at_before, cache=self.cache)
+        return self.model.hidden(ids, positions=at, cache=self.cache)
 
     def peek(self, guesses: Sequence[int]) -> Tensor:
         """Of the only row: feed what the cache lacks and guesses; the logits after its last token and each, (n, V).
@@ -96,7 +112,7 @@ class Texts:
         if not guesses:
             return self.advance()
         fed = torch.tensor([row[self.cache.length :] + list(guesses)], device=self.model.device)
-        return self.model.logits(self.model.hidden(fed, cache=self.cache)[0, -len(guesses) - 1 :])
+        return self.model.logits(self._hidden(fed)[0, -len(guesses) - 1 :])
 
     def append(self, ids: Sequence[int]) -> None:
         for row, id in zip(self.rows, ids, strict=True):
@@ -122,17 +138,21 @@ class Texts:
             self.forget()
 
 
+def scaling(layer: s.Layer) -> s.Scaling | None:
+    return None if layer.attn.rope is None else layer.attn.rope.scaling
+
+
 def longrope_contexts(spec: s.Spec) -> frozenset[int]:
     """The lengths at which LongRoPE changes its angles."""
-    ropes = (layer.attn.rope for layer in spec.pattern)
-    return frozenset(r.scaling.context for r in ropes if r is not None and isinstance(r.scaling, s.LongRope))
+    found = (scaling(layer) for layer in spec.pattern)
+    return frozenset(how.context for how in found if isinstance(how, s.LongRope))
 
 
 def context_limit(spec: s.Spec) -> int | None:
     """The longest text in tokens; None where positions are made to go on for ever (dynamic scaling)."""
     limit = spec.context
     for layer in spec.pattern:
-        match layer.attn.rope.scaling if layer.attn.rope is not None else None:
+        match scaling(layer):
             case s.Dynamic():
                 return None
             case s.Yarn(factor=factor, context=context) | s.Llama3(factor=factor, context=context):

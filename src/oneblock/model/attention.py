@@ -79,23 +79,27 @@ def temperature(positions: Tensor, floor: float, slope: float) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): torch's fused path wherever it applies."""
     sees = step.sees(a, k.shape[2])
+    if sees == "later" and (q.device.type != "cpu" or q.requires_grad or torch.compiler.is_compiling()):
+        sees = "mask"
     written_out = a.softcap is not None or sinks is not None
     if flex.applies(q, step) and (sees == "mask" or written_out):
         return flex.attend(q, k, v, a, step, layer, sinks)
     if written_out or sees == "mask":
         return _by_blocks(q, k, v, a, step, layer, sinks)
-    if sees == "causal" and _products_pay(q):
+    if sees in ("causal", "later") and _products_pay(q, k.shape[2]):
         return _by_products(q, k, v, a, step)
+    if sees == "later":
+        return _later(q, k, v, a)
     return _fused(q, k, v, a, step, causal=sees == "causal")
 
 
-def _products_pay(q: Tensor) -> bool:
+def _products_pay(q: Tensor, keys: int) -> bool:
     """Whether plain products beat torch's fused kernel, as on CPUs in bf16 and in short backward passes."""
     if q.device.type != "cpu":
         return False
     if q.requires_grad or torch.compiler.is_compiling():
         return q.requires_grad and q.shape[2] <= SHORT.get(q.dtype, 0)
-    return q.dtype == torch.bfloat16 and q.shape[2] <= MIDDLE
+    return q.dtype == torch.bfloat16 and keys <= MIDDLE
 
 
 def _fused(
@@ -113,14 +117,15 @@ def _fused(
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step) -> Tensor:
     """Causal attention as two batched products for each block of queries; the heads of a group are rows of one."""
-    batch, kv_heads, length, _ = k.shape
-    groups = q.shape[1] // kv_heads
-    k, v = (x.reshape(batch * kv_heads, length, -1) for x in (k, v))
+    batch, kv_heads, keys, _ = k.shape
+    groups, length = q.shape[1] // kv_heads, q.shape[2]
+    earlier = keys - length
+    k, v = (x.reshape(batch * kv_heads, keys, -1) for x in (k, v))
     block, parts = (length if torch.compiler.is_compiling() else min(length, PRODUCT)), []
     for start in range(0, length, block) if length > block else (0,):
         end = min(start + block, length)
         rows = q[:, :, start:end].reshape(batch * kv_heads, groups * (end - start), -1)
-        y = _product(rows, k[:, :end], v[:, :end], a, step, groups)
+        y = _product(rows, k[:, : earlier + end], v[:, : earlier + end], a, step, groups)
         parts.append(y.view(batch, kv_heads * groups, end - start, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -136,6 +141,15 @@ def _product(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, groups
     weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=a.scale or a.head_dim**-0.5).softmax(-1)
     weights = F.dropout(weights, step.dropout.attn) if step.dropout.attn else weights
     return torch.bmm(weights.type_as(v), v)
+
+
+def _later(q: Tensor, k: Tensor, v: Tensor, a: s.Attention) -> Tensor:
+    """Queries over keys of earlier passes and their own: each part in one kernel, then weighed by its share."""
+    fused, scale = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, a.scale or a.head_dim**-0.5
+    earlier = k.shape[2] - q.shape[2]
+    before, before_sum = fused(q, k[:, :, :earlier], v[:, :, :earlier], scale=scale)  # sums are logarithms, in fp32
+    own, own_sum = fused(q, k[:, :, earlier:], v[:, :, earlier:], is_causal=True, scale=scale)
+    return own.lerp(before, torch.sigmoid(before_sum - own_sum)[..., None].type_as(own))
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None) -> Tensor:

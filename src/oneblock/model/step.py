@@ -80,13 +80,18 @@ class Step:
 
         return self._once(("rotary", rope, head_dim, dtype), build)
 
-    def sees(self, a: s.Attention, keys: int) -> Literal["all", "causal", "mask"]:
-        """Which keys the queries see, where the shapes alone tell: all, the lower triangle, or ask `mask`."""
+    def sees(self, a: s.Attention, keys: int) -> Literal["all", "causal", "later", "mask"]:
+        """Which keys the queries see, where the shapes alone tell: all, the lower triangle, or ask `mask`.
+
+        "later" is the triangle's lower part: keys of earlier passes, which all queries see, come before their own.
+        """
         queries = self.positions.shape[1]
         near = (a.window is None or keys <= a.window) and (a.chunk is None or self.start + queries <= a.chunk)
         if a.cross or (self.ordered and near and queries == 1):
             return "all"
-        return "causal" if self.ordered and near and keys == queries else "mask"
+        if not (self.ordered and near and queries <= keys):
+            return "mask"
+        return "causal" if keys == queries else "later"
 
     def mask(self, a: s.Attention, layer: int, rows: slice, cols: slice) -> Tensor:
         """Which keys each query sees: bool (B, 1, rows, cols)."""
