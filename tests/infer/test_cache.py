@@ -56,8 +56,10 @@ for kind, change in KINDS.items():
     SPECS[kind] = replace(base, pattern=layers, n_layers=3)
 
 
-def in_pieces(model: Decoder, ids: torch.Tensor, pieces: list[int], capacity: int) -> tuple[torch.Tensor, KVCache]:
-    cache = KVCache(model.spec, ids.shape[0], capacity, torch.float32, CPU)
+def in_pieces(
+    model: Decoder, ids: torch.Tensor, pieces: list[int], capacity: int, coded: bool = False
+) -> tuple[torch.Tensor, KVCache]:
+    cache = KVCache(model.spec, ids.shape[0], capacity, torch.float32, CPU, coded)
     logits, start = [], 0
     for n in pieces:
         logits.append(model(ids[:, start : start + n], cache=cache))
@@ -75,6 +77,22 @@ def test_cached_equals_full(name, pieces):
     torch.testing.assert_close(cached, full, atol=1e-4, rtol=1e-4)
     assert cache.length == 32
     assert not cache.padded
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_eight_bits_stay_near_however_the_text_comes(name: str) -> None:
+    """Grown, in rings, and less memory than half: 8 bits and a scale for each head of a token."""
+    model = random_model(SPECS[name])
+    ids = torch.randint(0, model.spec.vocab, (2, 32), generator=torch.Generator().manual_seed(1))
+    full = model(ids)
+    whole, cache = in_pieces(model, ids, [32], 32, coded=True)
+    pieces, grown = in_pieces(model, ids, [3, 1, 9, 1, 1, 17], 4, coded=True)
+    assert 0 < (whole - full).norm() / full.norm() < 0.1
+    assert (pieces - whole).norm() / full.norm() < 0.02
+    plain = in_pieces(model, ids, [32], 32)[1].nbytes
+    assert cache.nbytes < 0.5 * plain
+    kept = grown.rewind(20)
+    assert kept == all(n >= 32 for kind in model.spec.pattern for n in (kind.attn.window, kind.attn.chunk) if n)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -134,8 +152,9 @@ def test_unwritten_memory_is_never_read():
     ids = torch.randint(0, model.spec.vocab, (1, 12))
     cache = KVCache(model.spec, 1, 64, torch.float32, CPU)
     model(ids[:, :4], cache=cache)
-    for x in (*cache._keys, *cache._values):
-        assert x is not None
+    for held in (*cache._keys, *cache._values):
+        assert held is not None
+        [x] = held
         x[:, :, min(4, x.shape[2]) :] = float("nan")
     logits = [model(ids[:, i : i + 1], cache=cache) for i in range(4, 12)]
     torch.testing.assert_close(torch.cat(logits, 1), model(ids)[:, 4:], atol=1e-4, rtol=1e-4)

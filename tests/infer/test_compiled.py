@@ -49,6 +49,16 @@ def test_it_writes_the_same_and_is_made_once() -> None:
     assert made() <= before + 3  # one text, texts padded, texts of one length
 
 
+def test_it_keeps_a_cache_of_8_bits() -> None:
+    llm = writer("gemma3", window=24)
+    llm.cache_bits = 8
+    found = []
+    for llm.compile in ("off", "on"):
+        found.append(llm.generate([[1, 2, 3], [4, 5, 6, 7, 8]], **HOW, top_logprobs=1))
+    assert [r.ids for r in found[0]] == [r.ids for r in found[1]]
+    assert found[0][0].logprobs == pytest.approx(found[1][0].logprobs, abs=0.01)
+
+
 def test_auto_compiles_where_many_tokens_are_to_come() -> None:
     cpu = torch.device("cpu")
     llama = spec("llama-3.2-1b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from oneblock.spec import spec
 
 kernels = pytest.mark.skipif(not build.available(), reason=build.missing() or "there are kernels")
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Rows are shared out."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def wrong(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -65,7 +65,7 @@ def test_guesses_leave_nothing_in_the_cache(tmp_path: Path) -> None:
         assert llm.generate(prompt, max_tokens=n, **how).ids == plain[:n]
         with safe_open(llm.prompt_cache, "pt") as file:
             kept = file.get_tensor("ids").tolist()
-            assert len(kept) == file.get_tensor("keys.0").shape[2]
+            assert len(kept) == file.get_tensor("keys.0.0").shape[2]
         assert kept == [*prompt, *plain][: len(kept)]
         assert len(kept) >= len(prompt) + n - 7
 

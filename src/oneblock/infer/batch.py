@@ -27,7 +27,7 @@ from oneblock.infer.generate import Request, Texts, check, room
 from oneblock.infer.llm import LLM, OPTIONS
 from oneblock.infer.sample import Sampler
 from oneblock.infer.stop import Reply
-from oneblock.plan import plan
+from oneblock.plan.cache import kv_bytes
 
 KEYS = {"prompt", "messages", "id"} | OPTIONS - {"top_logprobs"}  # of a line
 MOST = {"cpu": 32, "cuda": 128}  # rows of a batch, where memory does not say less
@@ -122,7 +122,8 @@ def replies(llm: LLM, jobs: Iterable[Job], size: int) -> Iterator[Result]:
         if texts is None or (waiting and len(rows) <= size // 2):
             rows += [Row(llm, waiting.popleft()) for _ in range(min(size - len(rows), len(waiting)))]
             found = [row.ids for row in rows]
-            texts = Texts(llm.model, found, max(map(len, found)) + max(row.room for row in rows), compiled)
+            most = max(map(len, found)) + max(row.room for row in rows)
+            texts = Texts(llm.model, found, most, compiled, llm.cache_bits == 8)
         logits = texts.advance()
         if logits.isnan().any():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
@@ -139,7 +140,8 @@ def rows_that_fit(llm: LLM, jobs: Sequence[Job]) -> int:
     model, spec = llm.model, llm.spec
     prompt = max((len(job.prompt) for job in jobs), default=1)
     length = max((len(job.prompt) + room(spec, job.prompt, job.request.max_tokens) for job in jobs), default=1)
-    keys = plan(spec, length, dtype=str(model.dtype).removeprefix("torch.")).kv_bytes
+    size = model.dtype.itemsize if llm.cache_bits == 16 else 1 + 4 / min(x.attn.head_dim for x in spec.pattern)
+    keys = kv_bytes(spec, length, size)
     row = 2 * keys + 16 * spec.vocab + 64 * prompt * spec.dim  # twice: rows that leave are left out by a copy
     return max(1, min(MOST.get(model.device.type, 32), int(SHARE * free_memory(model.device) / row)))
 

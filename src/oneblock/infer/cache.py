@@ -2,6 +2,9 @@
 
 Shapes: B rows, K KV heads, T new tokens, S kept tokens, D head dimensions. All rows share their columns: shorter
 prompts are padded on the left, and column c of a layer that keeps n tokens lies in slot c % n.
+
+What is held of them is their numbers, or of 8 bits codes and a scale for each head of a token: a tuple of tensors
+(B, K, S, D or 1).
 """
 
 from __future__ import annotations
@@ -15,24 +18,50 @@ from oneblock import spec as s
 
 BLOCK = 256  # a cache that is full grows by at least this many columns
 
+Held = tuple[Tensor, ...]
 Kind = tuple[int | None, int | None]  # (window, chunk): layers that agree here keep the same columns
+
+
+def encoded(x: Tensor, coded: bool) -> Held:
+    """New keys or values (B, K, T, D) as they are held."""
+    if not coded:
+        return (x,)
+    scale = x.abs().amax(-1, keepdim=True).float() / 127
+    return (x / scale.clamp(min=1e-30)).round().to(torch.int8), scale
+
+
+def decoded(held: Held, dtype: torch.dtype) -> Tensor:
+    if len(held) == 1:
+        return held[0]
+    codes, scale = held
+    return (codes * scale).to(dtype)
 
 
 class KVCache:
     """A cache for `capacity` columns, growing when there are more. A layer with a window or a chunk is a ring of
     that length and never stores more.
 
-    Memory is reserved at a layer's first token; the system hands it out page by page as columns are written.
+    Memory is reserved at a layer's first token; the system hands it out page by page as columns are written. With
+    `coded` numbers are held in 8 bits: half the memory of bf16, for some time at each token.
     """
 
-    def __init__(self, spec: s.Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        spec: s.Spec,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        coded: bool = False,
+    ):
+        self.coded = coded
         self.batch, self.capacity, self.dtype, self.device = batch, max(capacity, 1), dtype, torch.device(device)
         self._attn = [layer.attn for layer in spec.layers]
         self._kinds: list[Kind] = [(a.window, a.chunk) for a in self._attn]
         self._each: list[Kind] = list(dict.fromkeys(self._kinds))
         self.kinds = [self._each.index(kind) for kind in self._kinds]  # which tensor of positions is a layer's
-        self._keys: list[Tensor | None] = [None] * len(self._attn)
-        self._values: list[Tensor | None] = [None] * len(self._attn)
+        self._keys: list[Held | None] = [None] * len(self._attn)
+        self._values: list[Held | None] = [None] * len(self._attn)
         self._positions = torch.empty(0, 0, dtype=torch.long)  # (B or 1, capacity), where a row is padded
         self._length, self._new, self._padded = 0, 0, False
         self._sizes = self._slots()
@@ -51,7 +80,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """What is reserved for keys and values."""
-        return sum(x.nbytes for x in (*self._keys, *self._values) if x is not None)
+        return sum(x.nbytes for held in (*self._keys, *self._values) for x in held or ())
 
     def size(self, layer: int) -> int:
         """How many columns the layer keeps."""
@@ -74,18 +103,18 @@ class KVCache:
             self._remember(positions)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._keys[layer], self._values[layer]
-        if keys is None or values is None:
-            shape = (self.batch, k.shape[1], self._sizes[layer], k.shape[3])
-            keys = self._keys[layer] = torch.empty(shape, dtype=self.dtype, device=self.device)
-            values = self._values[layer] = torch.empty(shape, dtype=self.dtype, device=self.device)
-        start, size, new = self._length, self._sizes[layer], self._new
-        if new > 1 and start + new > size:
-            return self._roll(keys, k), self._roll(values, v)
-        slot, kept = start % size, min(start + new, size)
-        keys.narrow(2, slot, new).copy_(k)
-        values.narrow(2, slot, new).copy_(v)
-        return keys.narrow(2, 0, kept), values.narrow(2, 0, kept)
+        return self._update(self._keys, layer, k), self._update(self._values, layer, v)
+
+    def _update(self, all_held: list[Held | None], layer: int, x: Tensor) -> Tensor:
+        new, start, size = encoded(x.to(self.dtype), self.coded), self._length, self._sizes[layer]
+        held = all_held[layer]
+        if held is None:
+            held = all_held[layer] = tuple(part.new_empty((*part.shape[:2], size, part.shape[3])) for part in new)
+        if self._new > 1 and start + self._new > size:
+            return self._roll(held, new)
+        for into, part in zip(held, new, strict=True):
+            into.narrow(2, start % size, self._new).copy_(part)
+        return decoded(tuple(part.narrow(2, 0, min(start + self._new, size)) for part in held), self.dtype)
 
     def key_positions(self, layer: int) -> Tensor:
         kind = self._kinds[layer]
@@ -105,37 +134,36 @@ class KVCache:
         """Layers that keep keys: those that read an image keep none."""
         return [i for i, a in enumerate(self._attn) if not a.cross]
 
-    def columns(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each such layer, as their slots stand."""
+    def columns(self) -> Iterator[tuple[Held, Held]]:
+        """What is held of keys and of values in each such layer, as the slots stand."""
         for layer in self.stored_layers:
-            keys, values = self._keys[layer], self._values[layer]
-            assert keys is not None
-            assert values is not None
-            kept = min(self._length, keys.shape[2])
-            yield keys[:, :, :kept].contiguous(), values[:, :, :kept].contiguous()
+            kept = min(self._length, self._sizes[layer])
+            keys, values = (
+                tuple(x[:, :, :kept].contiguous() for x in held or ())
+                for held in (self._keys[layer], self._values[layer])
+            )
+            yield keys, values
 
-    def fill(self, pairs: Iterable[tuple[Tensor, Tensor]], length: int) -> bool:
+    def fill(self, pairs: Iterable[tuple[Held, Held]], length: int) -> bool:
         """Take what `columns` gave of so many columns; False, and nothing done, where there is no room for them."""
         if length > self.capacity or self._padded:
             return False
         self._length, self._marked = length, -1
         for layer, pair in zip(self.stored_layers, pairs, strict=True):
-            for mine, x in zip((self._keys, self._values), pair, strict=True):
-                held = torch.empty((*x.shape[:2], self._sizes[layer], x.shape[3]), dtype=self.dtype, device=self.device)
-                held[:, :, : x.shape[2]] = x
-                mine[layer] = held
+            for mine, held in zip((self._keys, self._values), pair, strict=True):
+                mine[layer] = self._longer(held, self._sizes[layer])
         return True
 
     # ------------------------------------------------------------------ for a graph that writes by itself
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Keys and values of every layer; of every kind of layer the position of each column (-1: nothing there).
+    def tensors(self) -> tuple[list[Held], list[Held], list[Tensor]]:
+        """What is held of every layer; of every kind of layer the position of each column (-1: nothing there).
 
         To be asked for between `begin` and `end`, and not in a text's first pass: what is new is then written there.
         """
         if self._marked != self._length:
-            for x in (*self._keys, *self._values):
-                if x is not None:  # a graph multiplies what nobody sees by 0, and 0 times what lay there may be NaN
+            for held in (*self._keys, *self._values):
+                for x in held or ():  # a graph multiplies what nobody sees by 0, and 0 times what lay there may be NaN
                     x[:, :, min(self._length, x.shape[2]) :].zero_()
             self._marks = [self._mark(self._sizes[self._kinds.index(kind)]) for kind in self._each]
         self._marked = self._length + self._new
@@ -151,16 +179,17 @@ class KVCache:
 
     # ------------------------------------------------------------------ rings
 
-    def _roll(self, ring: Tensor, new: Tensor) -> Tensor:
+    def _roll(self, rings: Held, new: Held) -> Tensor:
         """Several tokens that do not fit: what is kept, oldest first, and the new; then the last ones are kept."""
-        size, start, end = ring.shape[2], self._length, self._length + self._new
-        kept = ring.narrow(2, 0, min(start, size))
-        if start > size:
-            kept = kept.roll(-(start % size), 2)
-        seen = torch.cat((kept, new.to(ring.dtype)), 2) if start else new
-        columns = torch.arange(max(end - size, start), end, device=ring.device)
-        ring.index_copy_(2, columns % size, new[:, :, -len(columns) :].to(ring.dtype))
-        return seen
+        size, start, end = rings[0].shape[2], self._length, self._length + self._new
+        columns, seen = torch.arange(max(end - size, start), end, device=self.device), []
+        for ring, part in zip(rings, new, strict=True):
+            kept = ring.narrow(2, 0, min(start, size))
+            if start > size:
+                kept = kept.roll(-(start % size), 2)
+            seen.append(torch.cat((kept, part), 2) if start else part)
+            ring.index_copy_(2, columns % size, part[:, :, -len(columns) :])
+        return decoded(tuple(seen), self.dtype)
 
     def _columns(self, size: int) -> Tensor:
         """The columns that `update` returns to this pass, in its order."""
@@ -186,16 +215,17 @@ class KVCache:
         sizes, self._sizes = self._sizes, self._slots()
         for layer, (old, new) in enumerate(zip(sizes, self._sizes, strict=True)):
             if new > old:
-                self._keys[layer] = self._longer(self._keys[layer], new)
-                self._values[layer] = self._longer(self._values[layer], new)
+                for mine in (self._keys, self._values):
+                    mine[layer] = self._longer(mine[layer], new)
 
-    def _longer(self, old: Tensor | None, size: int) -> Tensor | None:
-        if old is None:
+    def _longer(self, held: Held | None, size: int) -> Held | None:
+        if held is None:
             return None
-        kept = min(self._length, old.shape[2])
-        new = old.new_empty((*old.shape[:2], size, old.shape[3]))
-        new[:, :, :kept] = old[:, :, :kept]
-        return new
+        longer = tuple(x.new_empty((*x.shape[:2], size, x.shape[3]), device=self.device) for x in held)
+        for new, old in zip(longer, held, strict=True):
+            kept = min(self._length, old.shape[2])
+            new[:, :, :kept] = old[:, :, :kept]
+        return longer
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -206,13 +236,14 @@ class KVCache:
         if len(self._positions) > 1:
             self._positions = self._positions[index]
 
-    def _rows(self, old: Tensor | None, index: Tensor) -> Tensor | None:
-        if old is None:
+    def _rows(self, held: Held | None, index: Tensor) -> Held | None:
+        if held is None:
             return None
-        kept = min(self._length, old.shape[2])  # the rest of the memory stays untouched
-        new = old.new_empty((len(index), *old.shape[1:]))
-        new[:, :, :kept] = old[:, :, :kept][index]
-        return new
+        fewer = tuple(x.new_empty((len(index), *x.shape[1:])) for x in held)
+        for new, old in zip(fewer, held, strict=True):
+            kept = min(self._length, old.shape[2])  # the rest of the memory stays untouched
+            new[:, :, :kept] = old[:, :, :kept][index]
+        return fewer
 
     def can_rewind(self, length: int) -> bool:
         """Whether the cache could go back after it has had so many columns: a ring forgets what it writes over."""

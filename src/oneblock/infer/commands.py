@@ -73,6 +73,7 @@ class Loading:
     compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: in long texts
     context: int | None = None  # tokens to make room for, past what the model was made for
     rope: Literal["yarn", "linear", "dynamic"] = "yarn"  # how --context does it
+    cache_bits: Literal[16, 8] = 16  # of keys and values; 16: as the model is
     prompt_cache: Path | None = None  # a file that keeps what was read of a single prompt for later runs
     guesses: int = 0  # tokens guessed and checked at a time: the same replies in fewer passes; 4 to 8 are usual
     draft: str | None = None  # a smaller model with the same tokenizer that guesses; left out: what the text repeats
@@ -128,6 +129,7 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
 
     llm = load(loading.model, loading.dtype, loading.device, ranks)
     llm.compile = loading.compile
+    llm.cache_bits = loading.cache_bits
     llm.prompt_cache = loading.prompt_cache
     if loading.context is not None:
         llm.lengthen(loading.context, loading.rope)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from oneblock.compiler import compiler_found, keep_compiled
-from oneblock.infer.cache import KVCache
+from oneblock.infer.cache import Held, KVCache, decoded, encoded
 from oneblock.model import Decoder
 from oneblock.spec import Spec
 
 SECONDS = 20.0  # that the compiler takes, where it has not kept the program
 SAVED = (1e-4, 4e-4)  # seconds that a layer's Python and small operators take on CPUs and beside a GPU
 
-Inside = tuple[list[Tensor], list[Tensor], list[Tensor]]  # keys, values, positions: KVCache.tensors
+Inside = tuple[list[Held], list[Held], list[Tensor]]  # keys, values, positions: KVCache.tensors
 
 
 class Columns:
@@ -37,11 +37,12 @@ class Columns:
             marks.index_copy_(1, self.column % marks.shape[1], positions)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer], self.values[layer]
-        slot = self.column % keys.shape[2]
-        keys.index_copy_(2, slot, k)
-        values.index_copy_(2, slot, v)
-        return keys, values
+        return self._update(self.keys[layer], k), self._update(self.values[layer], v)
+
+    def _update(self, held: Held, x: Tensor) -> Tensor:
+        for into, part in zip(held, encoded(x, len(held) > 1), strict=True):
+            into.index_copy_(2, self.column % into.shape[2], part)
+        return decoded(held, x.dtype)
 
     def key_positions(self, layer: int) -> Tensor:
         return self.marks[self.kinds[layer]]
@@ -69,7 +70,7 @@ class Compiled:
         positions = column[None] if positions is None else positions
         cache.begin(positions)
         keys, values, marks = inside = cache.tensors()
-        for x in (*keys, *values):
+        for x in (x for held in (*keys, *values) for x in held):
             leave_open(x, 2)
         for x in marks:
             leave_open(x, 1)

@@ -64,9 +64,15 @@ class Texts:
     """Texts that grow together: rows of one batch with one cache. Shorter prompts are padded on the left."""
 
     def __init__(
-        self, model: Decoder, prompts: Sequence[Sequence[int]], capacity: int, compiled: Compiled | None = None
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        compiled: Compiled | None = None,
+        coded: bool = False,
     ):
-        self.model, self.capacity, self.compiled = model, capacity, compiled
+        """`coded`: keys and values in 8 bits."""
+        self.model, self.capacity, self.compiled, self.coded = model, capacity, compiled, coded
         self.rows = [list(prompt) for prompt in prompts]
         longest = max(map(len, self.rows))
         self.pads = [longest - len(row) for row in self.rows]
@@ -77,7 +83,7 @@ class Texts:
     def forget(self) -> None:
         """Begin with an empty cache: everything is read again."""
         model = self.model
-        self.cache = KVCache(model.spec, len(self.rows), self.capacity, model.dtype, model.device)
+        self.cache = KVCache(model.spec, len(self.rows), self.capacity, model.dtype, model.device, self.coded)
 
     def advance(self) -> Tensor:
         """Feed what the cache does not have yet; the logits after the last token of every row, (B, V)."""

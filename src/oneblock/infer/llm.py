@@ -87,6 +87,7 @@ class LLM:
         self._layout = layout  # how the folder named and split its tensors
         self.compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: where it pays
         self._compiled: Compiled | None = None
+        self.cache_bits: Literal[16, 8] = 16  # 8: keys and values take half the memory; 16: they are as the model is
         self.guesses = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
         self.draft: LLM | None = None  # who guesses; None: the text itself
         self.tally = Tally()  # of the last text that was guessed
@@ -217,7 +218,7 @@ class LLM:
         check(self.spec, prompts, request)
         longest = max(map(len, prompts), default=0)
         more = max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
-        return Texts(self.model, prompts, longest + more, self.compiled(more))
+        return Texts(self.model, prompts, longest + more, self.compiled(more), self.cache_bits == 8)
 
     def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[Event]:
         return self.run(self.texts(prompts, request), request, [self.detokenizer(prompt) for prompt in prompts])

@@ -10,14 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from oneblock.errors import OneblockError
+from oneblock.infer.cache import Held
 from oneblock.infer.generate import Texts
 from oneblock.model import Decoder
 from oneblock.store.folder import replacing_file
 
 
-def fingerprint(model: Decoder) -> str:
-    """Of the spec, the dtype and a part of the weights: a cache serves no other model."""
-    found = hashlib.sha256(f"{model.spec} {model.dtype}".encode())
+def fingerprint(model: Decoder, coded: bool) -> str:
+    """Of the spec, the dtype, the cache's form and a part of the weights: a cache serves no other model."""
+    found = hashlib.sha256(f"{model.spec} {model.dtype} {'8 bits' if coded else ''}".encode())
     for x in (*model.parameters(), *model.buffers()):
         some = x.detach().flatten()[:: max(1, x.numel() // 64)][:64].cpu()
         found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
@@ -28,11 +29,12 @@ def keep(path: Path, texts: Texts) -> None:
     """Write the only row's ids, keys and values; the old file stays until the new is whole."""
     [row], cache = texts.rows, texts.cache
     held = {"ids": torch.tensor(row[: cache.length])}
-    for layer, (k, v) in enumerate(cache.columns()):
-        held |= {f"keys.{layer}": k, f"values.{layer}": v}
+    for layer, pair in zip(cache.stored_layers, cache.columns(), strict=True):
+        for name, parts in zip(("keys", "values"), pair, strict=True):
+            held |= {f"{name}.{layer}.{i}": x for i, x in enumerate(parts)}
     with replacing_file(path) as new:
         try:
-            save_file(held, new, {"model": fingerprint(texts.model)})
+            save_file(held, new, {"model": fingerprint(texts.model, cache.coded)})
         except SafetensorError as e:  # what it makes of a full disk
             raise OSError(str(e)) from None
 
@@ -45,10 +47,17 @@ def take(path: Path, texts: Texts) -> int:
     [row], cache = texts.rows, texts.cache
     try:
         with safe_open(path, "pt", device=str(cache.device)) as file:
-            if (file.metadata() or {}).get("model") != fingerprint(texts.model):
-                raise OneblockError(f"{path}: is another model's prompt cache: name another file, or delete it")
+            if (file.metadata() or {}).get("model") != fingerprint(texts.model, cache.coded):
+                raise OneblockError(
+                    f"{path}: is the cache of another model, or in other bits: name another file, or delete it"
+                )
             ids = file.get_tensor("ids").tolist()
-            pairs = ((file.get_tensor(f"keys.{n}"), file.get_tensor(f"values.{n}")) for n in cache.stored_layers)
+            parts = range(2 if cache.coded else 1)
+
+            def stored(name: str) -> Held:
+                return tuple(file.get_tensor(f"{name}.{i}") for i in parts)
+
+            pairs = ((stored(f"keys.{n}"), stored(f"values.{n}")) for n in cache.stored_layers)
             same = next((i for i, (a, b) in enumerate(zip(ids, row, strict=False)) if a != b), min(len(ids), len(row)))
             if same < 2 or not cache.fill(pairs, len(ids)) or not cache.rewind(min(same, len(row) - 1)):
                 texts.forget()
