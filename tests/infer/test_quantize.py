@@ -15,9 +15,9 @@ from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.calibrate import calibrate, corrected
 from oneblock.infer.codes import in_4_bits, in_8_bits, packed, unpacked
-from oneblock.infer.linears import Coded
+from oneblock.infer.linears import Coded, Float8
 from oneblock.infer.llm import LLM
-from oneblock.infer.quantize import Bits, CodedExperts, quantize
+from oneblock.infer.quantize import Bits, CodedExperts, nearest, quantize
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
 from oneblock.store import load_model
@@ -78,22 +78,35 @@ def test_calibrated_codes_are_nearer_where_it_counts() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("bits", [Bits(8), Bits(4, 32)], ids=["8", "4"])
+@pytest.mark.parametrize("bits", [Bits(8), Bits(4, 32), Bits(8, fp8=True)], ids=["8", "4", "fp8"])
 def test_a_folder_says_what_was_saved(family: str, bits: Bits, tmp_path: Path) -> None:
     model = small(family)
     ids = torch.randint(100, (2, 12))
     with torch.no_grad():
         exact = model(ids)
         found = quantize(model, bits)(ids)
-    assert any(isinstance(m, Coded) for m in model.modules())
+    assert any(isinstance(m, Float8 if bits.fp8 else Coded) for m in model.modules())
     assert (family in ("mixtral", "gpt_oss")) == any(isinstance(m, CodedExperts) for m in model.modules())
-    assert (found - exact).norm() / exact.norm() < (0.05 if bits.bits == 8 else 0.5)
+    assert (found - exact).norm() / exact.norm() < (0.5 if bits.bits == 4 else 0.15 if bits.fp8 else 0.05)
     LLM(model, generation={"temperature": 0.5}).save(tmp_path / "coded")
     back = oneblock.load(tmp_path / "coded")
     assert back.generation == {"temperature": 0.5}
     with torch.no_grad():
         assert torch.equal(back.model(ids), found)
     assert back.spec == model.spec
+
+
+def test_products_of_floats_with_activations_in_floats() -> None:
+    """What GPUs do, by torch's CPU form of the same operator."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(2, 3, 64).bfloat16()
+    layer = Float8(48, 64, torch.randn(48).bfloat16())
+    nearest("", layer, weight)
+    expected = x.float() @ layer.rows().T + layer.bias.float()
+    assert (layer.plain(x) - expected).norm() / expected.norm() < 0.01
+    assert 0.001 < (layer.direct(x) - expected).norm() / expected.norm() < 0.05
+    torch.testing.assert_close(layer.rows(torch.tensor([5, 0, 7])), layer.rows()[[5, 0, 7]])
+    assert (layer.rows() - weight).abs().max() < 0.07 * weight.abs().max()
 
 
 def test_a_tied_head_is_held_once() -> None:
@@ -179,6 +192,7 @@ def test_a_wrong_folder_is_refused(change, said: str, tmp_path: Path) -> None:
 
 def test_bits_that_are_not_known(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, said in (
+        (["--bits", "4", "--fp8"], "floats in 4 bits: there are only those of 8"),
         (["--bits", "3"], "weights in 3 bits: choose 8 or 4"),
         (["--bits", "4", "--group", "48"], "groups of 48: choose 32, 64 or 128"),
         (["--bits", "8", "--calibrate", "x"], "--calibrate is for 4 bits"),

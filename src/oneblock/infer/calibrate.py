@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oneblock.infer.codes import in_4_bits
 from oneblock.infer.linears import Coded
-from oneblock.infer.quantize import Bits, Fill, nearest, replace, share_head
+from oneblock.infer.quantize import Bits, Codes, Fill, nearest, replace, share_head
 from oneblock.model import Decoder
 from oneblock.model.step import Step
 
@@ -67,8 +67,8 @@ def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def filler(sums: dict[str, Tensor]) -> Fill:
-    def fill(name: str, coded: Coded, weight: Tensor) -> None:
-        if name in sums:
+    def fill(name: str, coded: Codes, weight: Tensor) -> None:
+        if name in sums and isinstance(coded, Coded):
             coded.fill(*corrected(weight, sums.pop(name), coded.group))
         else:
             nearest(name, coded, weight)

@@ -47,6 +47,13 @@ def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round() + 128, scale
 
 
+def in_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Floats of 8 bits (N, K) and scales (N, 1): the largest number of a row is the largest there is, 448."""
+    weight = weight.float()
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / torch.finfo(torch.float8_e4m3fn).max
+    return (weight / scale).to(torch.float8_e4m3fn), scale
+
+
 def in_4_bits(weight: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (N, K), scales and offsets (N, K / group): of ten ranges tried, the one with the least squared error.
 

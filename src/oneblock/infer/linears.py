@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneblock.infer.codes import TILE, packed, tiled, unpacked
+from oneblock.infer.codes import TILE, in_float8, packed, tiled, unpacked
 from oneblock.infer.kernels.build import available
 
 BLOCK = 64  # columns whose activations share a scale, where weights have no groups
@@ -88,23 +87,80 @@ class Coded(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.bits} bits, group {self.group or self.in_features}"
 
 
-Layer = Streamed | Coded
+class Float8(nn.Module):
+    """A linear layer of 8-bit floats with a scale for each row (arXiv:2209.05433); new GPUs multiply such floats."""
+
+    codes: Tensor  # (N, K), float8_e4m3fn
+    scale: Tensor  # (N, 1), fp32
+    bits = 8
+
+    def __init__(self, rows: int, columns: int, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = rows, columns
+        self.register_buffer("codes", torch.empty((rows, columns), dtype=torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.empty((rows, 1), dtype=torch.float32))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def rows(self, index: Tensor | None = None) -> Tensor:
+        """The weights in fp32, (N, K), or some of their rows."""
+        codes, scale = (
+            x if index is None else x.view(torch.uint8)[index].view(x.dtype) for x in (self.codes, self.scale)
+        )
+        return codes.float() * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.direct(x) if floats_multiply(x) else self.plain(x)
+
+    def direct(self, x: Tensor) -> Tensor:
+        """Activations in 8-bit floats too, with a scale for each token."""
+        codes, scale = in_float8(x.flatten(0, -2))
+        by_row = F.ScalingType.RowWise
+        y = F.scaled_mm(codes, self.codes.t(), scale, by_row, self.scale.t(), by_row, output_dtype=x.dtype)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.type_as(y)
+
+    def plain(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.linear(x, self.rows().type_as(x), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, 8-bit floats"
+
+
+def floats_multiply(x: Tensor) -> bool:
+    """Whether the device has products of 8-bit floats: GPUs since Ada and Hopper."""
+    return (
+        x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    )
+
+
+Layer = Streamed | Coded | Float8
 
 
 def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
-    """What each layer makes of x (.., K)."""
-    kernels = x.device.type == "cpu" and x.dtype == torch.bfloat16 and available()
+    """What each layer makes of x (.., K): all in one of our products where they are of one kind that has one."""
+    streamed = [layer for layer in layers if isinstance(layer, Streamed)]
     coded = [layer for layer in layers if isinstance(layer, Coded)]
-    few = x.numel() <= MOST * x.shape[-1]
-    if not kernels or not (few or coded) or len(coded) not in (0, len(layers)):
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not available():
         return [layer.plain(x) for layer in layers]
-    x, shape = x.contiguous(), x.shape[:-1]
+    if len(coded) == len(layers):
+        y = coded_product(x.contiguous(), coded)
+    elif len(streamed) == len(layers) and x.numel() <= MOST * x.shape[-1]:
+        y = streamed_product(x.contiguous(), streamed)
+    else:
+        return [layer.plain(x) for layer in layers]
+    y = y.view(*x.shape[:-1], -1)
+    return y.split([layer.out_features for layer in layers], -1) if len(layers) > 1 else (y,)
+
+
+def streamed_product(x: Tensor, layers: Sequence[Streamed]) -> Tensor:
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return torch.ops.oneblock_rows.linear(x, [layer.weight for layer in layers], biases)
+
+
+def coded_product(x: Tensor, layers: Sequence[Coded]) -> Tensor:
+    codes, scales = [layer.codes for layer in layers], [layer.scale for layer in layers]
+    offsets = [layer.offset for layer in layers if layer.offset is not None]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     sizes = [layer.out_features for layer in layers]
-    if coded:
-        offsets = [layer.offset for layer in coded if layer.offset is not None]
-        codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
-        y = torch.ops.oneblock_rows.linear_coded(x, codes, scales, offsets, biases, sizes, coded[0].block)
-    else:
-        y = torch.ops.oneblock_rows.linear(x, [cast(Streamed, layer).weight for layer in layers], biases)
-    return y.view(*shape, -1).split(sizes, -1) if len(sizes) > 1 else (y.view(*shape, -1),)
+    return torch.ops.oneblock_rows.linear_coded(x, codes, scales, offsets, biases, sizes, layers[0].block)

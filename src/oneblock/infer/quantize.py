@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oneblock.errors import OneblockError
-from oneblock.infer.codes import in_4_bits, in_8_bits
-from oneblock.infer.linears import Coded
+from oneblock.infer.codes import in_4_bits, in_8_bits, in_float8
+from oneblock.infer.linears import Coded, Float8
 from oneblock.model import Decoder
 from oneblock.model.mlp import Experts, activate
 from oneblock.store.config import QUANTIZED, read_config, write_config
@@ -31,27 +31,35 @@ class Bits:
 
     bits: int = 8
     group: int = 64
+    fp8: bool = False  # 8 bits as floats, not as whole numbers
 
     def __post_init__(self) -> None:
+        if self.fp8 and self.bits != 8:
+            raise OneblockError(f"floats in {self.bits} bits: there are only those of 8")
         if self.bits not in (8, 4):
             raise OneblockError(f"weights in {self.bits} bits: choose 8 or 4")
         if self.bits == 4 and self.group not in (32, 64, 128):
             raise OneblockError(f"groups of {self.group}: choose 32, 64 or 128")
 
 
-Fill = Callable[[str, Coded, Tensor], None]  # give a coded layer of this name the codes of these weights (N, K)
+Codes = Coded | Float8
+Fill = Callable[[str, Codes, Tensor], None]  # give a coded layer of this name the codes of these weights (N, K)
 
 
-def nearest(name: str, coded: Coded, weight: Tensor) -> None:
+def nearest(name: str, layer: Codes, weight: Tensor) -> None:
     """Each number to the nearest code."""
-    codes = in_4_bits(weight, coded.group) if coded.group else (*in_8_bits(weight), None)
-    coded.fill(*codes)
+    if isinstance(layer, Float8):
+        layer.codes, layer.scale = in_float8(weight)
+    elif layer.group:
+        layer.fill(*in_4_bits(weight, layer.group))
+    else:
+        layer.fill(*in_8_bits(weight), None)
 
 
 class CodedEmbedding(nn.Module):
     """Rows of the output matrix as input embeddings, where the two are one."""
 
-    def __init__(self, head: Coded, like: Tensor):
+    def __init__(self, head: Codes, like: Tensor):
         super().__init__()
         self.head, self.dtype = [head], like.dtype  # in a list: it is not a module of this one's own
 
@@ -62,7 +70,7 @@ class CodedEmbedding(nn.Module):
 class CodedExperts(nn.Module):
     """`Experts`, each a list of coded matrices."""
 
-    def __init__(self, experts: Experts, make: Callable[[str, Tensor, Tensor | None], Coded]):
+    def __init__(self, experts: Experts, make: Callable[[str, Tensor, Tensor | None], Codes]):
         super().__init__()
         self.spec, self.n_experts = experts.spec, experts.n_experts
 
@@ -103,9 +111,10 @@ def replace(root: nn.Module, bits: Bits, fill: Fill) -> None:
     """Put coded layers in the place of plain ones, one after another, so that both are never held whole."""
     group = bits.group if bits.bits == 4 else 0
 
-    def coded(name: str, weight: Tensor, bias: Tensor | None) -> Coded:
+    def coded(name: str, weight: Tensor, bias: Tensor | None) -> Codes:
         with weight.device:
-            new = Coded(weight.shape[0], weight.shape[1], group, bias)
+            n, k = weight.shape
+            new = Float8(n, k, bias) if bits.fp8 else Coded(n, k, group, bias)
         fill(name, new, weight.detach())
         return new
 
@@ -118,7 +127,7 @@ def replace(root: nn.Module, bits: Bits, fill: Fill) -> None:
 
 def share_head(model: Decoder) -> Decoder:
     """Where the output matrix is the embedding, words are read from its codes."""
-    if model.spec.tied and isinstance(model.head, Coded):
+    if model.spec.tied and isinstance(model.head, Codes):
         model.embed = cast(Any, CodedEmbedding(model.head, model.embed.weight))
     return model
 
@@ -140,12 +149,14 @@ def quantized(config: Mapping[str, Any]) -> Bits | None:
     found = config.get("quantization_config") or {}
     if found.get("quant_method") != QUANTIZED:
         return None
-    return Bits(found.get("bits", 8), found.get("group", 64))
+    return Bits(found.get("bits", 8), found.get("group", 64), found.get("fp8", False))
 
 
 def bits_of(model: Decoder) -> Bits | None:
     """How a model's matrices are held; None: plain."""
-    found = next((m for m in model.modules() if isinstance(m, Coded)), None)
+    found = next((m for m in model.modules() if isinstance(m, Codes)), None)
+    if isinstance(found, Float8):
+        return Bits(fp8=True)
     return None if found is None else Bits(found.bits, found.group or 64)
 
 

@@ -31,6 +31,7 @@ class QuantizeOptions:
     out: Positional[Path]  # the folder to write
     bits: int = 8  # 8 or 4
     group: int = 64  # columns that share a scale, in 4 bits: 32, 64 or 128
+    fp8: bool = False  # 8 bits as floats, which GPUs since Ada and Hopper multiply as they are
     calibrate: Path | None = None  # a text whose activations choose the 4-bit codes (GPTQ): slower, and closer
     report: bool = False  # write no model but a table and a plot of all ways, on --text
     text: Path | None = None  # what --report reads
@@ -41,7 +42,7 @@ def quantize(options: QuantizeOptions) -> None:
     from oneblock.infer.llm import load
     from oneblock.infer.quantize import Bits, weight_bytes
 
-    bits = Bits(options.bits, options.group)
+    bits = Bits(options.bits, options.group, options.fp8)
     if options.calibrate and bits.bits != 4 and not options.report:
         raise OneblockError("--calibrate is for 4 bits: 8 bits have no use for it")
     if options.report:
@@ -106,7 +107,8 @@ def compared(options: QuantizeOptions, text: Path) -> list[Quality]:
     expected = reference(plain.model, ids)
     found = [quality("bf16", plain.model, ids, expected)]
     del plain
-    ways = [("8 bits", Bits(8), None)] + [(f"4 bits, group {g}", Bits(4, g), None) for g in (32, 64, 128)]
+    ways = [("8 bits", Bits(8), None), ("8-bit floats", Bits(8, fp8=True), None)]
+    ways += [(f"4 bits, group {g}", Bits(4, g), None) for g in (32, 64, 128)]
     if options.calibrate:
         ways += [(f"4 bits, group {g}, calibrated", Bits(4, g), options.calibrate) for g in (32, 64, 128)]
     for name, bits, by in ways:
