@@ -30,7 +30,7 @@ def lines(path: Path, texts: list[str] = TEXTS, field: str = "text") -> Path:
     return path
 
 
-def plan(*sources: Path, **changes: object) -> Plan:
+def plan(*sources: Path | str, **changes: object) -> Plan:
     return Plan(tuple(map(str, sources)), **changes)  # type: ignore[arg-type]
 
 
@@ -77,6 +77,17 @@ def test_parquet(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == TEXTS
     with pytest.raises(OneblockError, match="no text in 'text'"):
         prepare(plan(tmp_path / "a.parquet"), byte_level(), tmp_path / "other", 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of that library's own
+def test_a_data_set_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the library for data sets by name is not installed")
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl")
+    prepare(plan(f"hf:{tmp_path / 'set'}"), byte_level(), tmp_path / "out", 1)
+    assert contents(tmp_path / "out") == TEXTS
+    with pytest.raises(OneblockError, match="cannot open the data set"):
+        prepare(plan(f"hf:{tmp_path / 'set'}:default:test"), byte_level(), tmp_path / "other", 1)
 
 
 def test_in_parallel_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

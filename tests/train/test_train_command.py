@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -114,6 +115,9 @@ def test_resume_keeps_its_settings_and_can_go_on_longer(
     assert "a resumed run keeps its settings (--lr differ)" in fails(
         ["train", "--resume", str(run), "--lr", "1"], capsys
     )
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--steps", "14", "--dry-run"]) == 0
+    assert re.search(r"from    \S+step-\S+\n(.*\n)+gate    it fits", capsys.readouterr().out)
     assert main(["train", "--resume", str(run), "--steps", "14"]) == 0
     assert losses(run)[-1][0] == 14
     text.write_text(TEXT[::-1])

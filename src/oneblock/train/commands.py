@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from oneblock.train.world import World
 
 # What a resumed run may be told anew: how long to go on and what to look at, not what is learned from what.
-FREE = ("steps", "seconds", "device", "nonfinite", "gate", *(f for f in Train().watch.__dataclass_fields__))
+FREE = ("steps", "seconds", "device", "nonfinite", "gate", "dry_run", *(f for f in Train().watch.__dataclass_fields__))
 
 # What decides about a model's tensors.
 SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
@@ -37,7 +37,7 @@ def train(options: Train) -> None:
 def begin(options: Train, world: World) -> None:
     """A new run: everything that can be wrong is told before it has a folder."""
     from oneblock.train.assemble import compiles
-    from oneblock.train.gate import estimate, verdict
+    from oneblock.train.gate import estimate
     from oneblock.train.prepare import prepare
     from oneblock.train.run import new_folder, record
     from oneblock.train.session import fresh
@@ -48,8 +48,7 @@ def begin(options: Train, world: World) -> None:
     if world.first:
         print(summary(job, options, found))
     if options.dry_run:
-        if world.first:
-            print(f"gate    {verdict(job, options, found, world) or 'it fits'}")
+        judge(job, options, found, world)
         return
     refuse(job, options, found, world)
     if options.out is None and world.size > 1:
@@ -83,6 +82,11 @@ def resume(options: Train, world: World) -> None:
     options = resumed(options, told=world.first)
     job = prepare(options, Tokenizer.load(folder))
     found = estimate(job, options, world)
+    if options.dry_run:
+        if world.first:
+            print(f"from    {folder}\n{summary(job, options, found)}")
+        judge(job, options, found, world)
+        return
     refuse(job, options, found, world)
     state = fresh(job, options, world)
     at = checkpoint.restore(folder, state)
@@ -92,6 +96,14 @@ def resume(options: Train, world: World) -> None:
         print(f"resuming {run} at step {at.step:,}")
         record(run, options)
     follow(job, options, run, state, found, world)
+
+
+def judge(job: Job, options: Train, found: Estimate, world: World) -> None:
+    """The last line of a dry run: whether it would begin."""
+    from oneblock.train.gate import verdict
+
+    if world.first:
+        print(f"gate    {verdict(job, options, found, world) or 'it fits'}")
 
 
 def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
