@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def compiler() -> str:
     """Its name, chosen as torch chooses it; asking torch costs a second."""
@@ -23,5 +25,8 @@ def kept(kind: str) -> Path:
 
 
 def keep_compiled() -> None:
-    """Tell torch.compile to keep its programs there, unless the environment names another place."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept("compiled")))
+    """Tell torch.compile to keep its programs there, unless the environment names another place than torch's own."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(FOLDER, default_cache_dir()) == default_cache_dir():  # torch writes its own there when imported
+        os.environ[FOLDER] = str(kept("compiled"))

@@ -9,7 +9,7 @@ from oneblock.compiler import compiler_found
 from oneblock.infer.compiled import Compiled, pays
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import Rope, spec
 
 pytestmark = [
     pytest.mark.skipif(not compiler_found(), reason="there is no C++ compiler"),
@@ -18,7 +18,7 @@ pytestmark = [
 HOW = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 
-def writer(family: str, **sizes: int) -> LLM:
+def writer(family: str, **sizes: object) -> LLM:
     model = Decoder(spec(family, **{"vocab": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 512, **sizes}))
     init_weights(model, 0)
     with torch.no_grad():
@@ -47,6 +47,14 @@ def test_it_writes_the_same_and_is_made_once() -> None:
     assert [reply.ids for reply in again] == [reply.ids for reply in together]
     llm.generate([1, 2, 3, 4], **HOW)
     assert made() <= before + 3  # one text, texts padded, texts of one length
+
+
+def test_models_of_one_shape_have_programs_of_their_own() -> None:
+    for theta in (10.0, 10_000.0):
+        llm, found = writer("llama", rope=Rope(theta)), []
+        for llm.compile in ("off", "on"):
+            found.append(llm.generate([1, 2, 3], **{**HOW, "max_tokens": 40}).ids)
+        assert found[0] == found[1]
 
 
 def test_it_keeps_a_cache_of_8_bits() -> None:

@@ -115,7 +115,7 @@ def replies(llm: LLM, jobs: Iterable[Job], size: int) -> Iterator[Result]:
     """The replies as they end, at most `size` prompts at once, those of similar length together, longest first."""
     waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
     steps = sum(room(llm.spec, job.prompt, job.request.max_tokens) for job in waiting) // size
-    compiled = llm.compiled(steps)
+    compiled = llm.ready(steps)
     rows: list[Row] = []
     texts: Texts | None = None
     while waiting or rows:

@@ -7,6 +7,7 @@ and the lengths of the cache are left open, so that one program serves them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from oneblock.spec import Spec
 
 SECONDS = 20.0  # that the compiler takes, where it has not kept the program
 SAVED = (1e-4, 4e-4)  # seconds that a layer's Python and small operators take on CPUs and beside a GPU
+
+PROGRAMS = 256  # that may be kept at a time, a few for each model
+NUMBERS = count()  # of models
 
 Inside = tuple[list[Held], list[Held], list[Tensor]]  # keys, values, positions: KVCache.tensors
 
@@ -55,12 +59,18 @@ class Compiled:
     """A model's step, compiled at its first use: ids (B, 1), positions (B or 1, 1), a cache -> logits (B, V)."""
 
     def __init__(self, model: Decoder):
-        self.model = model
+        self.model, self.number = model, next(NUMBERS)
         keep_compiled()
-        options = {"guard_filter_fn": of_inputs, "triton.cudagraphs": model.device.type == "cuda", "cpp.threads": 1}
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
+        options = {"guard_filter_fn": of_form, "size_asserts": False, "cpp.threads": 1}
+        options["triton.cudagraphs"] = model.device.type == "cuda"
         self.graph: Callable[..., Tensor] = torch.compile(self.step, fullgraph=True, options=options)
 
-    def step(self, ids: Tensor, positions: Tensor, column: Tensor, inside: Inside, kinds: list[int]) -> Tensor:
+    def step(
+        self, form: str, ids: Tensor, positions: Tensor, column: Tensor, inside: Inside, kinds: list[int]
+    ) -> Tensor:
+        """`form` says all that a program depends on beside what is left open: nothing else is checked at a call."""
+        assert form  # what is not used is not checked
         cache = Columns(inside, column, kinds)
         return self.model.logits(self.model.hidden(ids, positions=positions, cache=cache)[:, -1])
 
@@ -76,7 +86,8 @@ class Compiled:
             leave_open(x, 1)
         for x in (ids, positions):
             leave_open(x)
-        logits = self.graph(ids, positions, column, inside, cache.kinds)
+        form = f"{self.number} {len(ids) > 1} {len(positions) > 1} {len(marks[0]) > 1} {cache.coded}"
+        logits = self.graph(form, ids, positions, column, inside, cache.kinds)
         cache.end()
         return logits
 
@@ -88,9 +99,9 @@ def leave_open(x: Tensor, *dims: int) -> None:
             torch._dynamo.mark_dynamic(x, dim)
 
 
-def of_inputs(guards: Sequence[Any]) -> list[bool]:
-    """Of what a program would check at each call, what concerns its inputs: the model's own parts do not change."""
-    return [not guard.name.startswith(("L['self']", "G[")) for guard in guards]
+def of_form(guards: Sequence[Any]) -> list[bool]:
+    """Of what a program would check at each call (a quarter of a millisecond), the form alone."""
+    return [guard.name in ("form", "L['form']") for guard in guards]  # by torch's version
 
 
 def pays(spec: Spec, tokens: int, device: torch.device) -> bool:

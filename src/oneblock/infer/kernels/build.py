@@ -20,10 +20,13 @@ NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni")
 SECONDS = 120  # the compiler usually takes 3
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether there are `torch.ops.oneblock_rows` (`linear`, `linear_coded`, `attend`). Compiles them at first use."""
     return loaded()
+
+
+# A constant for torch.compile: torch.compiler.assume_constant_result without its import of the compiler, a second.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -17,6 +17,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using u16 = uint16_t;
 
+constexpr int64_t SHORT = 1536;  // numbers in a row
+
 static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 static inline float widened(u16 x) { uint32_t y = uint32_t(x) << 16; float f; memcpy(&f, &y, 4); return f; }
 static inline u16 narrowed(float x) { u16 y; __m128bh h = _mm_cvtneps_pbh(_mm_set_ss(x)); memcpy(&y, &h, 2); return y; }
@@ -47,9 +49,29 @@ static void in_parts(int64_t rows, int64_t unit, const F& f) {
 
 // ---------------------------------------------------------------- bf16
 
+// One row of w with one of x. Short rows are best read one after another; of long ones several at a time hide more of the
+// way to the memory (`dots`).
+static float dot(const u16* w, const u16* x, int64_t K) {
+  __m512 acc[4];
+  for (int i = 0; i < 4; i++) acc[i] = _mm512_setzero_ps();
+  int64_t k = 0;
+  for (; k + 128 <= K; k += 128)
+    #pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const u16 *a = w + k + 32 * i, *b = x + k + 32 * i;
+      _mm_prefetch((const char*)a + 1024, _MM_HINT_T1);
+      acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+    }
+  for (; k < K; k += 32) {
+    __mmask32 m = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
+    acc[0] = _mm512_dpbf16_ps(acc[0], (__m512bh)_mm512_maskz_loadu_epi16(m, w + k), (__m512bh)_mm512_maskz_loadu_epi16(m, x + k));
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
+}
+
 // R rows of w with B rows of x.
 template <int R, int B>
-static void dots(const u16* w, int64_t K, const u16* x, int64_t ldx, const u16* bias, u16* y, int64_t ldy) {
+static void dots(const u16* w, int64_t K, const u16* x, const u16* bias, u16* y, int64_t ldy) {
   __m512 acc[R][B];
   #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -59,7 +81,7 @@ static void dots(const u16* w, int64_t K, const u16* x, int64_t ldx, const u16* 
     __mmask32 m = K - k >= 32 ? ~0u : (1u << (K - k)) - 1;
     __m512bh xs[B];
     #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) xs[b] = (__m512bh)_mm512_maskz_loadu_epi16(m, x + b * ldx + k);
+    for (int b = 0; b < B; b++) xs[b] = (__m512bh)_mm512_maskz_loadu_epi16(m, x + b * K + k);
     #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       _mm_prefetch((const char*)(w + (r + R) * K + k), _MM_HINT_T1);
@@ -75,12 +97,23 @@ static void dots(const u16* w, int64_t K, const u16* x, int64_t ldx, const u16* 
       y[b * ldy + r] = narrowed(_mm512_reduce_add_ps(acc[r][b]) + (bias ? widened(bias[r]) : 0.0f));
 }
 
+// R rows of w with all M of x.
 template <int R>
 static void all_rows(const u16* w, int64_t K, const u16* x, int64_t M, const u16* bias, u16* y, int64_t ldy) {
   int64_t m = 0;
-  for (; m + 4 <= M; m += 4) dots<R, 4>(w, K, x + m * K, K, bias, y + m * ldy, ldy);
-  for (; m + 2 <= M; m += 2) dots<R, 2>(w, K, x + m * K, K, bias, y + m * ldy, ldy);
-  for (; m < M; m++) dots<R, 1>(w, K, x + m * K, K, bias, y + m * ldy, ldy);
+  for (; m + 4 <= M; m += 4) dots<R, 4>(w, K, x + m * K, bias, y + m * ldy, ldy);
+  for (; m + 2 <= M; m += 2) dots<R, 2>(w, K, x + m * K, bias, y + m * ldy, ldy);
+  for (; m < M; m++) dots<R, 1>(w, K, x + m * K, bias, y + m * ldy, ldy);
+}
+
+// `rows` rows of one matrix with all M of x.
+static void some_rows(const u16* w, int64_t rows, int64_t K, const u16* x, int64_t M, const u16* bias, u16* y, int64_t ldy) {
+  int64_t n = 0;
+  if (M == 1 && K < SHORT)
+    for (; n < rows; n++) y[n] = narrowed(dot(w + n * K, x, K) + (bias ? widened(bias[n]) : 0.0f));
+  for (; M == 1 && n + 8 <= rows; n += 8) all_rows<8>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
+  for (; M > 1 && n + 4 <= rows; n += 4) all_rows<4>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
+  for (; n < rows; n++) all_rows<1>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
 }
 
 // x (M, K), each w (N, K), biases one for each w or none -> (M, the N's in a row)
@@ -92,19 +125,13 @@ static Tensor linear(Tensor x, Tensors w, Tensors bias) {
   Tensor y = torch::stable::new_empty(x, {M, N});
   auto* xs = (const u16*)x.const_data_ptr();
   auto* ys = (u16*)y.mutable_data_ptr();
-  in_parts(N, 8, [&](int64_t n, int64_t end) {
-    while (n < end) {
+  in_parts(N, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end;) {
       size_t i = at.of(n);
-      int64_t here = n - at.starts[i], stop = std::min(end, at.starts[i + 1]);
-      auto* ws = (const u16*)w[i].const_data_ptr();
-      auto* bs = bias.empty() ? nullptr : (const u16*)bias[i].const_data_ptr();
-      int64_t R = M == 1 ? 8 : 4;
-      if (stop - n < R) R = 1;
-      const u16 *one = ws + here * K, *b = bs ? bs + here : nullptr;
-      if (R == 8) all_rows<8>(one, K, xs, M, b, ys + n, N);
-      else if (R == 4) all_rows<4>(one, K, xs, M, b, ys + n, N);
-      else all_rows<1>(one, K, xs, M, b, ys + n, N);
-      n += R;
+      int64_t first = n - at.starts[i], rows = std::min(end, at.starts[i + 1]) - n;
+      auto* bs = bias.empty() ? nullptr : (const u16*)bias[i].const_data_ptr() + first;
+      some_rows((const u16*)w[i].const_data_ptr() + first * K, rows, K, xs, M, bs, ys + n, N);
+      n += rows;
     }
   });
   return y;
@@ -112,115 +139,47 @@ static Tensor linear(Tensor x, Tensors w, Tensors bias) {
 
 // ---------------------------------------------------------------- 8 and 4 bits
 
-// x in whole numbers of 8 bits, in groups of G: x = scale * code, or with `fine` ones scale * (code + fine / 254), which is
-// as good as bf16 itself. `sums` are the sums of each group's x.
+// x (M, K) in whole numbers of 8 bits, in groups of G: x = scale * code, or with `fine` ones scale * (code + fine / 254),
+// which is as good as bf16 itself. `sums` are the sums of each group's x.
 struct Codes {
-  std::vector<int8_t> codes, fine;
-  std::vector<float> scales, sums;
+  int64_t M, K, G;
+  int8_t *codes, *fine;
+  float *scales, *sums;
 };
 
+static void code_group(const u16* x, int64_t g, const Codes& c) {
+  __m512 top = _mm512_setzero_ps();
+  for (int64_t k = 0; k < c.G; k += 16)
+    top = _mm512_max_ps(top, _mm512_abs_ps(widened(_mm256_loadu_si256((const __m256i*)(x + g * c.G + k)))));
+  float scale = _mm512_reduce_max_ps(top) / 127.0f;
+  __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
+  __m512i sum = _mm512_setzero_si512(), rest = sum;
+  for (int64_t k = 0; k < c.G; k += 16) {
+    __m512 v = _mm512_mul_ps(widened(_mm256_loadu_si256((const __m256i*)(x + g * c.G + k))), inverse);
+    __m512i q = _mm512_cvtps_epi32(v);
+    sum = _mm512_add_epi32(sum, q);
+    _mm_storeu_si128((__m128i*)(c.codes + g * c.G + k), _mm512_cvtsepi32_epi8(q));
+    if (!c.fine) continue;
+    q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(v, _mm512_cvtepi32_ps(q)), _mm512_set1_ps(254.0f)));
+    rest = _mm512_add_epi32(rest, q);
+    _mm_storeu_si128((__m128i*)(c.fine + g * c.G + k), _mm512_cvtsepi32_epi8(q));
+  }
+  c.scales[g] = scale;
+  c.sums[g] = scale * ((float)_mm512_reduce_add_epi32(sum) + (float)_mm512_reduce_add_epi32(rest) / 254.0f);
+}
+
+// In memory that is kept for the next call, which reads it before it is written anew.
 static Codes coded(const u16* x, int64_t M, int64_t K, int64_t G, bool fine) {
-  using Bytes = std::vector<int8_t>;
-  Codes c{Bytes(M * K), Bytes(fine ? M * K : 0), std::vector<float>(M * (K / G)), std::vector<float>(M * (K / G))};
-  int64_t groups = M * K / G;
-  auto one = [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; g++) {
-      __m512 top = _mm512_setzero_ps();
-      for (int64_t k = 0; k < G; k += 16)
-        top = _mm512_max_ps(top, _mm512_abs_ps(widened(_mm256_loadu_si256((const __m256i*)(x + g * G + k)))));
-      float scale = _mm512_reduce_max_ps(top) / 127.0f;
-      __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
-      __m512i sum = _mm512_setzero_si512(), rest = sum;
-      for (int64_t k = 0; k < G; k += 16) {
-        __m512 v = _mm512_mul_ps(widened(_mm256_loadu_si256((const __m256i*)(x + g * G + k))), inverse);
-        __m512i q = _mm512_cvtps_epi32(v);
-        sum = _mm512_add_epi32(sum, q);
-        _mm_storeu_si128((__m128i*)(c.codes.data() + g * G + k), _mm512_cvtsepi32_epi8(q));
-        if (!fine) continue;
-        q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(v, _mm512_cvtepi32_ps(q)), _mm512_set1_ps(254.0f)));
-        rest = _mm512_add_epi32(rest, q);
-        _mm_storeu_si128((__m128i*)(c.fine.data() + g * G + k), _mm512_cvtsepi32_epi8(q));
-      }
-      c.scales[g] = scale;
-      c.sums[g] = scale * ((float)_mm512_reduce_add_epi32(sum) + (float)_mm512_reduce_add_epi32(rest) / 254.0f);
-    }
-  };
-  if (M <= 4) one(0, groups);
-  else torch::stable::parallel_for(0, groups, 64, one);
+  thread_local std::vector<int8_t> bytes;
+  thread_local std::vector<float> floats;
+  int64_t groups = M * K / G, size = M * K;
+  if ((int64_t)bytes.size() < 2 * size) bytes.resize(2 * size);
+  if ((int64_t)floats.size() < 2 * groups) floats.resize(2 * groups);
+  Codes c{M, K, G, bytes.data(), fine ? bytes.data() + size : nullptr, floats.data(), floats.data() + groups};
+  auto some = [&](int64_t begin, int64_t end) { for (int64_t g = begin; g < end; g++) code_group(x, g, c); };
+  if (M <= 4) some(0, groups);
+  else torch::stable::parallel_for(0, groups, 64, some);
   return c;
-}
-
-static inline __m512i four(const int8_t* x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
-
-// 16 rows of w (a tile) with B rows of x. 8 bits: bytes [K / 4][16 rows][4], codes + 128, a scale for each row.
-template <int B>
-static void tile8(const uint8_t* w, const float* scale, int64_t K, int64_t G, const Codes& x, int64_t m, __m512* out) {
-  __m512 acc[B];
-#pragma GCC unroll 8
-  for (int b = 0; b < B; b++) acc[b] = _mm512_setzero_ps();
-  int64_t groups = K / G;
-  for (int64_t g = 0; g < groups; g++) {
-    __m512i sum[B], rest[B];
-#pragma GCC unroll 8
-    for (int b = 0; b < B; b++) sum[b] = rest[b] = _mm512_setzero_si512();
-    for (int64_t k = g * G; k < (g + 1) * G; k += 4) {
-      _mm_prefetch((const char*)w + k * 16 + 2048, _MM_HINT_T0);
-      __m512i codes = _mm512_loadu_si512(w + k * 16);
-#pragma GCC unroll 8
-      for (int b = 0; b < B; b++) {
-        int64_t at = (m + b) * K + k;
-        sum[b] = _mm512_dpbusd_epi32(sum[b], codes, four(x.codes.data() + at));
-        rest[b] = _mm512_dpbusd_epi32(rest[b], codes, four(x.fine.data() + at));
-      }
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; b++) {
-      __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest[b]), _mm512_set1_ps(1.0f / 254.0f), _mm512_cvtepi32_ps(sum[b]));
-      acc[b] = _mm512_fmadd_ps(dot, _mm512_set1_ps(x.scales[(m + b) * groups + g]), acc[b]);
-      acc[b] = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), _mm512_set1_ps(x.sums[(m + b) * groups + g]), acc[b]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int b = 0; b < B; b++) out[b] = _mm512_mul_ps(acc[b], _mm512_loadu_ps(scale));
-}
-
-// 4 bits: bytes [K / 8][16 rows][4], low halves the first four of eight numbers; w = scale * code + offset in groups of G,
-// scales and offsets [K / G][16 rows] in fp16.
-template <int B>
-static void tile4(const uint8_t* w, const u16* scale, const u16* offset, int64_t K, int64_t G, const Codes& x, int64_t m,
-                  __m512* out) {
-  const __m512i low = _mm512_set1_epi8(15);
-  __m512 acc[B];
-  #pragma GCC unroll 8
-  for (int b = 0; b < B; b++) acc[b] = _mm512_setzero_ps();
-  int64_t groups = K / G;
-  for (int64_t g = 0; g < groups; g++) {
-    __m512i sum[B], odd[B];
-    #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) sum[b] = odd[b] = _mm512_setzero_si512();
-    for (int64_t k = g * G; k < (g + 1) * G; k += 8) {
-      _mm_prefetch((const char*)w + k * 8 + 2048, _MM_HINT_T0);
-      __m512i both = _mm512_loadu_si512(w + k * 8);
-      __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-      #pragma GCC unroll 8
-      for (int b = 0; b < B; b++) {
-        const int8_t* xs = x.codes.data() + (m + b) * K + k;
-        sum[b] = _mm512_dpbusd_epi32(sum[b], first, four(xs));
-        odd[b] = _mm512_dpbusd_epi32(odd[b], second, four(xs + 4));
-      }
-    }
-    __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scale + g * 16)));
-    __m512 o = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(offset + g * 16)));
-    #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) {
-      __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[b], odd[b]));
-      dot = _mm512_mul_ps(dot, _mm512_set1_ps(x.scales[(m + b) * groups + g]));
-      acc[b] = _mm512_fmadd_ps(s, dot, acc[b]);
-      acc[b] = _mm512_fmadd_ps(o, _mm512_set1_ps(x.sums[(m + b) * groups + g]), acc[b]);
-    }
-  }
-  #pragma GCC unroll 8
-  for (int b = 0; b < B; b++) out[b] = acc[b];
 }
 
 struct Matrix {
@@ -230,14 +189,79 @@ struct Matrix {
   int64_t rows;
 };
 
+static inline __m512i four(const int8_t* x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
+
+// A tile of 16 rows of w with B rows of x, from row m on. 8 bits: bytes [K / 4][16 rows][4], codes + 128, a scale for each row.
 template <int B>
-static void tile(const Matrix& w, int64_t t, int64_t K, int64_t G, const Codes& x, int64_t m, u16* y, int64_t ldy) {
+static void tile8(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512* out) {
+  const uint8_t* codes = w.codes + t * x.K * 16;
+  int64_t groups = x.K / x.G;
+  for (int b = 0; b < B; b++) out[b] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++) {
+    __m512i sum[B], rest[B];
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) sum[b] = rest[b] = _mm512_setzero_si512();
+    for (int64_t k = g * x.G; k < (g + 1) * x.G; k += 4) {
+      _mm_prefetch((const char*)codes + k * 16 + 2048, _MM_HINT_T0);
+      __m512i c = _mm512_loadu_si512(codes + k * 16);
+      #pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        sum[b] = _mm512_dpbusd_epi32(sum[b], c, four(x.codes + (m + b) * x.K + k));
+        rest[b] = _mm512_dpbusd_epi32(rest[b], c, four(x.fine + (m + b) * x.K + k));
+      }
+    }
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+      int64_t at = (m + b) * groups + g;
+      __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest[b]), _mm512_set1_ps(1.0f / 254.0f), _mm512_cvtepi32_ps(sum[b]));
+      out[b] = _mm512_fmadd_ps(dot, _mm512_set1_ps(x.scales[at]), out[b]);
+      out[b] = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), _mm512_set1_ps(x.sums[at]), out[b]);
+    }
+  }
+  __m512 scale = _mm512_loadu_ps((const float*)w.scale + t * 16);
+  for (int b = 0; b < B; b++) out[b] = _mm512_mul_ps(out[b], scale);
+}
+
+// 4 bits: bytes [K / 8][16 rows][4], low halves the first four of eight numbers; w = scale * code + offset in groups of G,
+// scales and offsets [K / G][16 rows] in fp16.
+template <int B>
+static void tile4(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512* out) {
+  const __m512i low = _mm512_set1_epi8(15);
+  const uint8_t* codes = w.codes + t * x.K * 8;
+  int64_t groups = x.K / x.G;
+  auto *scale = (const u16*)w.scale + t * groups * 16, *offset = (const u16*)w.offset + t * groups * 16;
+  for (int b = 0; b < B; b++) out[b] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; g++) {
+    __m512i sum[B], odd[B];
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) sum[b] = odd[b] = _mm512_setzero_si512();
+    for (int64_t k = g * x.G; k < (g + 1) * x.G; k += 8) {
+      _mm_prefetch((const char*)codes + k * 8 + 2048, _MM_HINT_T0);
+      __m512i both = _mm512_loadu_si512(codes + k * 8);
+      __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      #pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        const int8_t* xs = x.codes + (m + b) * x.K + k;
+        sum[b] = _mm512_dpbusd_epi32(sum[b], first, four(xs));
+        odd[b] = _mm512_dpbusd_epi32(odd[b], second, four(xs + 4));
+      }
+    }
+    __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scale + g * 16)));
+    __m512 o = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(offset + g * 16)));
+    #pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+      int64_t at = (m + b) * groups + g;
+      __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum[b], odd[b])), _mm512_set1_ps(x.scales[at]));
+      out[b] = _mm512_fmadd_ps(o, _mm512_set1_ps(x.sums[at]), _mm512_fmadd_ps(s, dot, out[b]));
+    }
+  }
+}
+
+template <int B>
+static void tile(const Matrix& w, int64_t t, const Codes& x, int64_t m, u16* y, int64_t ldy) {
   __m512 out[B];
-  if (w.offset)
-    tile4<B>(w.codes + t * K * 8, (const u16*)w.scale + t * (K / G) * 16, (const u16*)w.offset + t * (K / G) * 16, K, G, x, m,
-             out);
-  else
-    tile8<B>(w.codes + t * K * 16, (const float*)w.scale + t * 16, K, G, x, m, out);
+  if (w.offset) tile4<B>(w, t, x, m, out);
+  else tile8<B>(w, t, x, m, out);
   int64_t n = t * 16, count = std::min<int64_t>(16, w.rows - n);
   __mmask16 mask = count == 16 ? 0xffff : (1u << count) - 1;
   #pragma GCC unroll 8
@@ -269,10 +293,10 @@ static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors offs
       size_t i = tiles.of(t);
       u16* out = ys + at.starts[i];
       int64_t here = t - tiles.starts[i], m = 0;
-      for (; m + 8 <= M; m += 8) tile<8>(w[i], here, K, G, c, m, out, N);
-      for (; m + 4 <= M; m += 4) tile<4>(w[i], here, K, G, c, m, out, N);
-      for (; m + 2 <= M; m += 2) tile<2>(w[i], here, K, G, c, m, out, N);
-      for (; m < M; m++) tile<1>(w[i], here, K, G, c, m, out, N);
+      for (; m + 8 <= M; m += 8) tile<8>(w[i], here, c, m, out, N);
+      for (; m + 4 <= M; m += 4) tile<4>(w[i], here, c, m, out, N);
+      for (; m + 2 <= M; m += 2) tile<2>(w[i], here, c, m, out, N);
+      for (; m < M; m++) tile<1>(w[i], here, c, m, out, N);
     }
   });
   return y;
@@ -296,6 +320,7 @@ static float softmax(float* p, int64_t L) {
 // The heads that share keys, over all columns with a mark. q (heads, D), y (heads, D); D a multiple of 32.
 static void read_group(const u16* q, const u16* k, const u16* v, const bool* seen, int64_t heads, int64_t S, int64_t D,
                        float scale, std::vector<float>& p, u16* y) {
+  while (S > 1 && !seen[S - 1]) S--;  // room that is not used yet
   int64_t L = (S + 15) / 16 * 16;
   p.assign(heads * L, -INFINITY);
   std::vector<float> sum(heads), acc(heads * D, 0.0f);

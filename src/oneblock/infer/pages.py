@@ -1,0 +1,55 @@
+"""Weights moved into large pages, where the memory is read a tenth to a quarter faster than in pages of 4 kB.
+
+Linux gives them to those who ask (transparent huge pages); elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor, nn
+
+from oneblock.model import Decoder
+
+LEAST = 1 << 16  # bytes of a tensor that is worth it
+LINE = 1 << 12  # bytes: each tensor begins at a multiple
+REPAYS = 100  # tokens to come from which the copy is repaid: it takes as long as some ten steps
+
+
+def settle(model: Decoder) -> None:
+    """In place: the same parameters and buffers, in other memory; old memory is freed tensor by tensor."""
+    held = {name: x for name, x in large(model).items() if x.device.type == "cpu"}
+    if not held or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    room = mmap.mmap(-1, sum(rounded(x.nbytes) for x in held.values()) + (2 << 20), flags=mmap.MAP_PRIVATE)
+    try:
+        room.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system without them
+        return
+    start = 0
+    for name, x in held.items():
+        new = torch.frombuffer(room, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
+        new.copy_(x.detach())
+        put(model, name, new)
+        start += rounded(x.nbytes)
+
+
+def large(model: Decoder) -> dict[str, Tensor]:
+    """Parameters and buffers by name, shared ones once."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: x for name, x in named if x.nbytes >= LEAST and x.is_contiguous()}
+
+
+def put(model: Decoder, name: str, new: Tensor) -> None:
+    module, _, key = name.rpartition(".")
+    owner = model.get_submodule(module)
+    old = getattr(owner, key)
+    if isinstance(old, nn.Parameter):
+        old.data = new  # the same parameter, wherever else it is used
+    else:
+        setattr(owner, key, new)
+
+
+def rounded(n: int) -> int:
+    return -(-n // LINE) * LINE
