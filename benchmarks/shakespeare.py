@@ -5,6 +5,9 @@ is its block, loss, optimizer and schedule written anew (peers.py; 2000 steps of
 its README says 1.88), ours a block of Qwen 3's form with fewer parameters through `oneblock.train`: Muon, blocks that
 begin as the identity, bf16 products, compiled. The loss is the mean over the whole validation split, the last tenth of
 the text, and over the seeds. Validation and compilation (at the first steps, before the clock) are not timed.
+
+`--large`: nanoGPT's setting for GPUs (6 layers of 384 with 6 heads, texts of 256, dropout) by ours alone, for --minutes on
+this machine, compilation and validation counted; its own best loss is 1.4697, after 5000 steps of 64 texts on an A100.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 import os
 import statistics
 import sys
+import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +28,15 @@ import peers
 from common import Row, alternate, arguments, report, row, seconds
 from oneblock.data.rows import in_order
 from oneblock.train.assemble import learner_for
-from oneblock.train.loop import train
+from oneblock.train.loop import Metrics, State, train
 from oneblock.train.losses import evaluate
 from oneblock.train.machine import precision, reuse_memory
-from oneblock.train.options import Loop, Objective, Optimizer, Schedule, Sizes, Start, Train
-from oneblock.train.prepare import Job, prepare
+from oneblock.train.options import Dropouts, Loop, Objective, Optimizer, Schedule, Sizes, Start, Train
+from oneblock.train.prepare import Job, dropout_of, prepare
 from oneblock.train.session import fresh
 from oneblock.train.world import World
 
-GOAL = 1.88
+GOAL, LARGE_GOAL = 1.88, 1.4697
 DATA = Path(os.environ.get("ONEBLOCK_DATA") or Path(__file__).parents[2] / "shared" / "data")
 TEXT = DATA / "text" / "tinyshakespeare.txt"
 CONTEXT, STEPS, BATCH = 64, 2000, 12  # nanoGPT's
@@ -51,6 +55,46 @@ def ours_setting(compile: bool) -> Train:
         optimizer=Optimizer("muon", lr=3e-2, matrix_lr=2e-2, beta2=0.95, momentum=0.85),
         schedule=Schedule("flat", warmup=4, decay=0.6),
     )
+
+
+def large_setting(minutes: float) -> Train:
+    return Train(
+        data=(TEXT,),
+        tokenizer="chars",
+        model="qwen3",
+        context=256,
+        sizes=Sizes(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64, hidden=1024),
+        start=Start(zero_out=True, embed_std=0.3),
+        dropouts=Dropouts(embed_dropout=0.1, residual_dropout=0.1),
+        loop=Loop(seconds=60 * minutes, batch=32, seed=1337, compile="on"),
+        optimizer=Optimizer("muon", lr=3e-3, matrix_lr=1e-2, beta2=0.95),
+        schedule=Schedule("flat", warmup=10, decay=0.7),
+    )
+
+
+def run_large(options: Train) -> list[Row]:
+    """The best of ten losses over the run's second half, and the minutes until it was reached."""
+    job, began = prepare(options), time.perf_counter()
+    state = fresh(job, options)
+    learner = learner_for(state.model, options.loop, options.objective, dropout_of(options.dropouts), World())
+    assert options.loop.seconds is not None
+    found: list[tuple[float, float]] = []
+
+    def look(state: State, metrics: Metrics) -> None:
+        share = metrics.seconds / (options.loop.seconds or 1)
+        if share >= 0.5 + 0.05 * len(found):
+            with torch.compiler.set_stance("force_eager"):
+                assert job.val is not None
+                loss = evaluate(state.model, in_order(job.val, 256, 32), precision(options.loop))
+            found.append((loss, (time.perf_counter() - began) / 60))
+            print(f"{found[-1][1]:.1f} minutes, {state.tokens:,} tokens: {loss:.4f}", file=sys.stderr)
+
+    train(state, job.rows(options.loop).batch, learner, options.loop, options.optimizer, options.schedule, look)
+    loss, minutes = min(found)
+    return [
+        row("shakespeare-gpu-loss/nanogpt", loss, LARGE_GOAL, "nats", lower_is_better=True),
+        row("shakespeare-gpu-time/hour", minutes, 60.0, "minutes", lower_is_better=True),
+    ]
 
 
 def run_ours(job: Job, options: Train) -> tuple[float, float]:
@@ -127,6 +171,8 @@ def rows(args: Namespace) -> list[Row]:
 
 def flags(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of ours whose losses are averaged")
+    parser.add_argument("--large", action="store_true", help="nanoGPT's setting for GPUs instead, ours alone")
+    parser.add_argument("--minutes", type=float, default=50, help="of --large")
     parser.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile our blocks, untimed")
 
 
@@ -137,12 +183,15 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     reuse_memory()
-    found = rows(args)
-    report(found, args, "shakespeare")
-    if found and found[1]["ours"] > GOAL:
-        print(f"error: our loss is {found[1]['ours']:.4f}, over the goal of {GOAL}", file=sys.stderr)
-        return 1
-    return 0
+    if args.large:
+        found, goal, name = run_large(large_setting(args.minutes)) if TEXT.exists() else [], LARGE_GOAL, "shakespeare-gpu"
+    else:
+        found, goal, name = rows(args), GOAL, "shakespeare"
+    report(found, args, name)
+    loss = next((row["ours"] for row in found if row["unit"] == "nats"), 0.0)
+    if loss > goal:
+        print(f"error: our loss is {loss:.4f}, over the goal of {goal}", file=sys.stderr)
+    return int(loss > goal)
 
 
 if __name__ == "__main__":

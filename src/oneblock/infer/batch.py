@@ -125,7 +125,7 @@ def replies(llm: LLM, jobs: Iterable[Job], size: int) -> Iterator[Result]:
             most = max(map(len, found)) + max(row.room for row in rows)
             texts = Texts(llm.model, found, most, compiled, llm.cache_bits == 8)
         logits = texts.advance()
-        if logits.isnan().any():
+        if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
         texts.append([row.choose(logits[i : i + 1]) for i, row in enumerate(rows)])
         going = [i for i, row in enumerate(rows) if not row.done]

@@ -179,7 +179,7 @@ def events(texts: Texts, request: Request, detokenizers: Sequence[Detokenizer | 
     rows = list(range(len(replies)))  # of the request, in the batch's order
     while rows:
         logits = texts.advance()
-        if logits.isnan().any():
+        if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
         ids = sampler.next(logits, matchers.allowed() if matchers is not None else None)
         chosen = chosen_from(logits, ids, request.logprobs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oneblock.infer.codes import TILE, in_float8, packed, tiled, unpacked
 from oneblock.infer.kernels.build import available
 
-BLOCK = 64  # columns whose activations share a scale, where weights have no groups
+BLOCKS = (256, 128, 64, 32, 16)  # columns whose activations share a scale, where weights have no groups: what divides
 MOST = 16  # rows up to which bf16 weights stream faster than torch's product, which wins with more
 
 
@@ -50,7 +50,7 @@ class Coded(nn.Module):
     @property
     def block(self) -> int:
         """Columns that share an activation's scale."""
-        return self.group or next(n for n in (BLOCK, 32, 16) if self.in_features % n == 0)
+        return self.group or next(n for n in BLOCKS if self.in_features % n == 0)
 
     def fill(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
         """From plain rows: codes (N, K) of whole numbers from 0, scale and offset (N, groups)."""

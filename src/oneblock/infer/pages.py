@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from oneblock.model import Decoder
 
-LEAST = 1 << 16  # bytes of a tensor that is worth it
-LINE = 1 << 12  # bytes: each tensor begins at a multiple
+LINE = 64  # bytes: each tensor begins at a multiple
 REPAYS = 100  # tokens to come from which the copy is repaid: it takes as long as some ten steps
 
 
 def settle(model: Decoder) -> None:
-    """In place: the same parameters and buffers, in other memory; old memory is freed tensor by tensor."""
-    held = {name: x for name, x in large(model).items() if x.device.type == "cpu"}
-    if not held or not hasattr(mmap, "MADV_HUGEPAGE"):
+    """In place: the same parameters and buffers, in other memory. All: one that stayed would keep a file mapped."""
+    held = {name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_contiguous() and len(x)}
+    if model.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     room = mmap.mmap(-1, sum(rounded(x.nbytes) for x in held.values()) + (2 << 20), flags=mmap.MAP_PRIVATE)
     try:
@@ -33,12 +32,6 @@ def settle(model: Decoder) -> None:
         new.copy_(x.detach())
         put(model, name, new)
         start += rounded(x.nbytes)
-
-
-def large(model: Decoder) -> dict[str, Tensor]:
-    """Parameters and buffers by name, shared ones once."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name: x for name, x in named if x.nbytes >= LEAST and x.is_contiguous()}
 
 
 def put(model: Decoder, name: str, new: Tensor) -> None:

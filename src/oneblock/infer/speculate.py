@@ -146,7 +146,7 @@ class Speculation:
         n = min(self.length, most - 1)
         guess = self.guesser.guess(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else Guess([])
         logits = texts.peek(guess.ids)
-        if logits.isnan().any():
+        if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
         chosen: list[Event] = []
         for i in range(len(guess.ids) + 1):

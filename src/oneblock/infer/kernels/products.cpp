@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -18,6 +19,9 @@ using Tensors = std::vector<Tensor>;
 using u16 = uint16_t;
 
 constexpr int64_t SHORT = 1536;  // numbers in a row
+constexpr int64_t AHEAD = 2048;  // bytes of codes that are fetched before they are needed
+constexpr int64_t MOST = 64;     // threads
+constexpr int64_t PIECES = 8;    // of a thread's run
 
 static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 static inline float widened(u16 x) { uint32_t y = uint32_t(x) << 16; float f; memcpy(&f, &y, 4); return f; }
@@ -40,11 +44,21 @@ struct Places {
   size_t of(int64_t n) const { return std::upper_bound(starts.begin(), starts.end(), n) - starts.begin() - 1; }
 };
 
-// Each thread takes one run of rows, in steps of `unit`.
+// Each thread has one run of rows, which it goes through piece by piece; where it is done it helps the others with theirs,
+// since a thread that is held up would hold up all. Pieces are multiples of `unit` rows.
 template <class F>
 static void in_parts(int64_t rows, int64_t unit, const F& f) {
-  int64_t units = (rows + unit - 1) / unit;
-  torch::stable::parallel_for(0, units, 1, [&](int64_t a, int64_t b) { f(a * unit, std::min(b * unit, rows)); });
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), MOST), units = (rows + unit - 1) / unit;
+  int64_t run = (units + threads - 1) / threads, piece = std::max<int64_t>(run / PIECES, 1);
+  std::atomic<int64_t> next[MOST];
+  for (int64_t i = 0; i < threads; i++) next[i] = i * run;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t i = 0; i < threads; i++) {
+      int64_t whose = (first + i) % threads, end = std::min((whose + 1) * run, units);
+      for (int64_t at; (at = next[whose].fetch_add(piece)) < end;)
+        f(at * unit, std::min(std::min(at + piece, end) * unit, rows));
+    }
+  });
 }
 
 // ---------------------------------------------------------------- bf16
@@ -194,25 +208,31 @@ static inline __m512i four(const int8_t* x) { int32_t v; memcpy(&v, x, 4); retur
 // A tile of 16 rows of w with B rows of x, from row m on. 8 bits: bytes [K / 4][16 rows][4], codes + 128, a scale for each row.
 template <int B>
 static void tile8(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512* out) {
+  constexpr int U = B <= 2 ? 2 : 1;  // sums of each kind, so that one need not wait for the other
   const uint8_t* codes = w.codes + t * x.K * 16;
   int64_t groups = x.K / x.G;
   for (int b = 0; b < B; b++) out[b] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; g++) {
-    __m512i sum[B], rest[B];
+    __m512i sum[U * B], rest[U * B];
     #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) sum[b] = rest[b] = _mm512_setzero_si512();
-    for (int64_t k = g * x.G; k < (g + 1) * x.G; k += 4) {
-      _mm_prefetch((const char*)codes + k * 16 + 2048, _MM_HINT_T0);
-      __m512i c = _mm512_loadu_si512(codes + k * 16);
-      #pragma GCC unroll 8
-      for (int b = 0; b < B; b++) {
-        sum[b] = _mm512_dpbusd_epi32(sum[b], c, four(x.codes + (m + b) * x.K + k));
-        rest[b] = _mm512_dpbusd_epi32(rest[b], c, four(x.fine + (m + b) * x.K + k));
+    for (int i = 0; i < U * B; i++) sum[i] = rest[i] = _mm512_setzero_si512();
+    for (int64_t k = g * x.G; k < (g + 1) * x.G; k += 4 * U)
+      #pragma GCC unroll 2
+      for (int u = 0; u < U; u++) {
+        const uint8_t* at = codes + (k + 4 * u) * 16;
+        _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+        __m512i c = _mm512_loadu_si512(at);
+        #pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+          int64_t here = (m + b) * x.K + k + 4 * u;
+          sum[u * B + b] = _mm512_dpbusd_epi32(sum[u * B + b], c, four(x.codes + here));
+          rest[u * B + b] = _mm512_dpbusd_epi32(rest[u * B + b], c, four(x.fine + here));
+        }
       }
-    }
     #pragma GCC unroll 8
     for (int b = 0; b < B; b++) {
       int64_t at = (m + b) * groups + g;
+      if (U == 2) sum[b] = _mm512_add_epi32(sum[b], sum[(U - 1) * B + b]), rest[b] = _mm512_add_epi32(rest[b], rest[(U - 1) * B + b]);
       __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest[b]), _mm512_set1_ps(1.0f / 254.0f), _mm512_cvtepi32_ps(sum[b]));
       out[b] = _mm512_fmadd_ps(dot, _mm512_set1_ps(x.scales[at]), out[b]);
       out[b] = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), _mm512_set1_ps(x.sums[at]), out[b]);
@@ -227,30 +247,35 @@ static void tile8(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512*
 template <int B>
 static void tile4(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512* out) {
   const __m512i low = _mm512_set1_epi8(15);
+  constexpr int U = B <= 2 ? 2 : 1;
   const uint8_t* codes = w.codes + t * x.K * 8;
   int64_t groups = x.K / x.G;
   auto *scale = (const u16*)w.scale + t * groups * 16, *offset = (const u16*)w.offset + t * groups * 16;
   for (int b = 0; b < B; b++) out[b] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; g++) {
-    __m512i sum[B], odd[B];
+    __m512i sum[U * B], odd[U * B];
     #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) sum[b] = odd[b] = _mm512_setzero_si512();
-    for (int64_t k = g * x.G; k < (g + 1) * x.G; k += 8) {
-      _mm_prefetch((const char*)codes + k * 8 + 2048, _MM_HINT_T0);
-      __m512i both = _mm512_loadu_si512(codes + k * 8);
-      __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-      #pragma GCC unroll 8
-      for (int b = 0; b < B; b++) {
-        const int8_t* xs = x.codes + (m + b) * x.K + k;
-        sum[b] = _mm512_dpbusd_epi32(sum[b], first, four(xs));
-        odd[b] = _mm512_dpbusd_epi32(odd[b], second, four(xs + 4));
+    for (int i = 0; i < U * B; i++) sum[i] = odd[i] = _mm512_setzero_si512();
+    for (int64_t k = g * x.G; k < (g + 1) * x.G; k += 8 * U)
+      #pragma GCC unroll 2
+      for (int u = 0; u < U; u++) {
+        const uint8_t* at = codes + (k + 8 * u) * 8;
+        _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+        __m512i both = _mm512_loadu_si512(at);
+        __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        #pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+          const int8_t* xs = x.codes + (m + b) * x.K + k + 8 * u;
+          sum[u * B + b] = _mm512_dpbusd_epi32(sum[u * B + b], first, four(xs));
+          odd[u * B + b] = _mm512_dpbusd_epi32(odd[u * B + b], second, four(xs + 4));
+        }
       }
-    }
     __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scale + g * 16)));
     __m512 o = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(offset + g * 16)));
     #pragma GCC unroll 8
     for (int b = 0; b < B; b++) {
       int64_t at = (m + b) * groups + g;
+      if (U == 2) sum[b] = _mm512_add_epi32(sum[b], _mm512_add_epi32(sum[(U - 1) * B + b], odd[(U - 1) * B + b]));
       __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum[b], odd[b])), _mm512_set1_ps(x.scales[at]));
       out[b] = _mm512_fmadd_ps(o, _mm512_set1_ps(x.sums[at]), _mm512_fmadd_ps(s, dot, out[b]));
     }
