@@ -6,7 +6,7 @@ its README says 1.88), ours a block of Qwen 3's form with fewer parameters throu
 begin as the identity, bf16 products, compiled. The loss is the mean over the whole validation split, the last tenth of
 the text, and over the seeds. Validation and compilation (at the first steps, before the clock) are not timed.
 
-`--large`: nanoGPT's setting for GPUs (6 layers of 384 with 6 heads, texts of 256, dropout) by ours alone, for --minutes on
+`--large`: nanoGPT's setting for GPUs (6 layers of 384 with 6 heads, texts of 256) by ours alone, for --minutes on
 this machine, compilation and validation counted; its own best loss is 1.4697, after 5000 steps of 64 texts on an A100.
 """
 

@@ -102,6 +102,7 @@ def test_products_of_floats_with_activations_in_floats() -> None:
     weight, x = torch.randn(48, 64), torch.randn(2, 3, 64).bfloat16()
     layer = Float8(48, 64, torch.randn(48).bfloat16())
     nearest("", layer, weight)
+    assert layer.bias is not None
     expected = x.float() @ layer.rows().T + layer.bias.float()
     assert (layer.plain(x) - expected).norm() / expected.norm() < 0.01
     assert 0.001 < (layer.direct(x) - expected).norm() / expected.norm() < 0.05
