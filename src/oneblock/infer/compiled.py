@@ -60,6 +60,7 @@ class Compiled:
 
     def __init__(self, model: Decoder):
         self.model, self.number = model, next(NUMBERS)
+        self.opened: list[Tensor] | None = None  # the marks of the cache whose lengths were left open
         keep_compiled()
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
         options = {"guard_filter_fn": of_form, "size_asserts": False, "cpp.threads": 1}
@@ -80,10 +81,12 @@ class Compiled:
         positions = column[None] if positions is None else positions
         cache.begin(positions)
         keys, values, marks = inside = cache.tensors()
-        for x in (x for held in (*keys, *values) for x in held):
-            leave_open(x, 2)
-        for x in marks:
-            leave_open(x, 1)
+        if self.opened is not marks:  # a cache's tensors are others once it has grown or lost rows
+            self.opened = marks
+            for x in (x for held in (*keys, *values) for x in held):
+                leave_open(x, 2)
+            for x in marks:
+                leave_open(x, 1)
         for x in (ids, positions):
             leave_open(x)
         form = f"{self.number} {len(ids) > 1} {len(positions) > 1} {len(marks[0]) > 1} {cache.coded}"

@@ -221,8 +221,7 @@ class Sampler:
 
 def logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities (B,) of ids (B,) in the model's own distribution: before penalties, temperature and cuts."""
-    logits = logits.float()
-    return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # on CPUs faster than logsumexp
 
 
 def top_logprobs(logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
