@@ -11,8 +11,6 @@ Names are imported when they are first used: `import oneblock` costs nothing, an
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from oneblock.errors import OneblockError
@@ -32,34 +30,11 @@ HOMES = {
     "Spec": "oneblock.spec",
     "Tokenizer": "oneblock.text",
 }
-CALLABLE = ("spec", "plan")
-
-
-class CallablePackage(ModuleType):
-    """A package that is also the function of its own name within it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
-class Package(ModuleType):
-    """`oneblock.spec("gpt2")` and `from oneblock.spec import Rope` both work, whichever comes first.
-
-    The import system binds a package to its parent by setting an attribute of it, before anyone can see it there:
-    the one place where the package can be made callable without importing it early.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in CALLABLE and isinstance(value, ModuleType):
-            value.__class__ = CallablePackage
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = Package
+PACKAGES = ("spec", "plan")  # which can be called: each has the function of its own name
 
 
 def __getattr__(name: str) -> Any:
-    if name in CALLABLE:
+    if name in PACKAGES:
         return importlib.import_module(f"oneblock.{name}")
     if name in HOMES:
         return getattr(importlib.import_module(HOMES[name]), name)
@@ -67,4 +42,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *CALLABLE])
+    return sorted([*__all__, *PACKAGES])
