@@ -342,13 +342,32 @@ static float softmax(float* p, int64_t L) {
   return _mm512_reduce_add_ps(sum);
 }
 
+// H heads' weights p (H, L) times v (S, D), into y (H, D); their sums stay in registers.
+template <int H>
+static void weighed(const float* p, int64_t L, const float* sum, const u16* v, const bool* seen, int64_t S, int64_t D, u16* y) {
+  for (int64_t d = 0; d < D; d += 16) {
+    __m512 acc[H];
+    #pragma GCC unroll 8
+    for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < S; s++) {
+      if (!seen[s]) continue;
+      __m512 value = widened(_mm256_loadu_si256((const __m256i*)(v + s * D + d)));
+      #pragma GCC unroll 8
+      for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(_mm512_set1_ps(p[h * L + s]), value, acc[h]);
+    }
+    #pragma GCC unroll 8
+    for (int h = 0; h < H; h++)
+      _mm256_storeu_si256((__m256i*)(y + h * D + d), (__m256i)_mm512_cvtneps_pbh(_mm512_div_ps(acc[h], _mm512_set1_ps(sum[h]))));
+  }
+}
+
 // The heads that share keys, over all columns with a mark. q (heads, D), y (heads, D); D a multiple of 32.
 static void read_group(const u16* q, const u16* k, const u16* v, const bool* seen, int64_t heads, int64_t S, int64_t D,
                        float scale, std::vector<float>& p, u16* y) {
   while (S > 1 && !seen[S - 1]) S--;  // room that is not used yet
   int64_t L = (S + 15) / 16 * 16;
-  p.assign(heads * L, -INFINITY);
-  std::vector<float> sum(heads), acc(heads * D, 0.0f);
+  p.assign(heads * (L + 1), -INFINITY);
+  float* sum = p.data() + heads * L;
   for (int64_t s = 0; s < S; s++) {
     if (!seen[s]) continue;
     for (int64_t h = 0; h < heads; h++) {
@@ -359,17 +378,10 @@ static void read_group(const u16* q, const u16* k, const u16* v, const bool* see
     }
   }
   for (int64_t h = 0; h < heads; h++) sum[h] = softmax(p.data() + h * L, L);
-  for (int64_t s = 0; s < S; s++) {
-    if (!seen[s]) continue;
-    for (int64_t d = 0; d < D; d += 16) {
-      __m512 value = widened(_mm256_loadu_si256((const __m256i*)(v + s * D + d)));
-      for (int64_t h = 0; h < heads; h++) {
-        float* a = acc.data() + h * D + d;
-        _mm512_storeu_ps(a, _mm512_fmadd_ps(_mm512_set1_ps(p[h * L + s]), value, _mm512_loadu_ps(a)));
-      }
-    }
-  }
-  for (int64_t i = 0; i < heads * D; i++) y[i] = narrowed(acc[i] / sum[i / D]);
+  int64_t h = 0;
+  for (; h + 4 <= heads; h += 4) weighed<4>(p.data() + h * L, L, sum + h, v, seen, S, D, y + h * D);
+  for (; h + 2 <= heads; h += 2) weighed<2>(p.data() + h * L, L, sum + h, v, seen, S, D, y + h * D);
+  for (; h < heads; h++) weighed<1>(p.data() + h * L, L, sum + h, v, seen, S, D, y + h * D);
 }
 
 // q (B, H, 1, D) over k, v (B, K, S, D) with columns and numbers in a row; seen (B or 1, S) -> (B, H, 1, D)
@@ -381,7 +393,7 @@ static Tensor attend(Tensor q, Tensor k, Tensor v, Tensor seen, double scale) {
   auto* ys = (u16*)y.mutable_data_ptr();
   int64_t kb = k.stride(0), kh = k.stride(1), vb = v.stride(0), vh = v.stride(1), row = seen.size(0) > 1 ? S : 0;
   torch::stable::parallel_for(0, B * KV, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> p;
+    thread_local std::vector<float> p;
     for (int64_t i = begin; i < end; i++) {
       int64_t b = i / KV, h = i % KV, at = (b * H + h * heads) * D;
       read_group(qs + at, ks + b * kb + h * kh, vs + b * vb + h * vh, marks + b * row, heads, S, D, scale, p, ys + at);
