@@ -14,8 +14,8 @@ from oneblock.spec import Attention, Mlp, Moe, Spec
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0625, "int4": 0.5625}
 
 PREFILL = 2048  # tokens that a server pushes through the model at a time
-# On CPUs: what the C library's heap holds free between what comes and goes, and the compiled kernels of products with
-# their scratch; measured (docs/cost.md).
+# On CPUs: what the C library's heap holds free where gradients come in other sizes than activations go, as a share of
+# them, and the compiled kernels of products with their scratch; measured (docs/memory.md).
 HOLES, KERNELS = 0.45, 100_000_000
 
 LOSS_PART = 256 << 20  # bytes of logits with their gradient that the training loss works on at a time
@@ -81,7 +81,7 @@ class Training:
         before = self.gradients if self.accumulate else 0
         in_loss = before + self.copies + self.activations + self.head + self.loss
         passing = max(in_loss, self.gradients + self.again)
-        return self.weights + self.optimizer + passing + (round(HOLES * passing) + KERNELS if self.cpu else 0)
+        return self.weights + self.optimizer + passing + (round(HOLES * self.gradients) + KERNELS if self.cpu else 0)
 
 
 def serving(
