@@ -1,8 +1,8 @@
 """From the command to the first token, and the memory that decoding holds: `python benchmarks/start.py`.
 
 The 100M Llama of decode.py, in bf16, random weights. Time is that of a whole process that writes one token: `oneblock
-generate`, and a script that loads the same folder with transformers. Memory is what a process has grown by once 128 tokens
-have followed 128, against the bytes of its weights and its cache.
+generate`, and a script that loads the same folder with transformers. Memory is what a process has grown by once 128
+tokens have followed 128, against the bytes of its weights and its cache.
 """
 
 from __future__ import annotations
