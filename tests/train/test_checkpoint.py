@@ -68,8 +68,11 @@ KINDS = {
 }
 
 
+COMPILES = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, at the first compilation
+
+
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("kind", ["adamw", "muon", pytest.param("adamw8bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["adamw", "muon", pytest.param("adamw8bit", marks=[pytest.mark.slow, COMPILES])])
 def test_restored_is_saved_and_goes_on_the_same(kind: str, background: bool, tmp_path: Path) -> None:
     if kind == "adamw8bit":
         pytest.importorskip("torchao")
