@@ -173,14 +173,14 @@ def rows(args: Namespace) -> list[Row]:
 
 def flags(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of ours whose losses are averaged")
-    parser.add_argument("--large", action="store_true", help="nanoGPT's setting for GPUs instead, ours alone")
-    parser.add_argument("--minutes", type=float, default=50, help="of --large")
     parser.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile our blocks, untimed")
 
 
 def main() -> int:
     parser = arguments(__doc__ or "", repeats=1)
     flags(parser)
+    parser.add_argument("--large", action="store_true", help="nanoGPT's setting for GPUs instead, ours alone")
+    parser.add_argument("--minutes", type=float, default=50, help="of --large")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oneblock.config import nearest
 from oneblock.errors import OneblockError
+from oneblock.infer.cache import item_bytes
 from oneblock.infer.constrain import Shapes
 from oneblock.infer.generate import Request, Texts, check, room
 from oneblock.infer.llm import LLM, OPTIONS
@@ -140,8 +141,7 @@ def rows_that_fit(llm: LLM, jobs: Sequence[Job]) -> int:
     model, spec = llm.model, llm.spec
     prompt = max((len(job.prompt) for job in jobs), default=1)
     length = max((len(job.prompt) + room(spec, job.prompt, job.request.max_tokens) for job in jobs), default=1)
-    size = model.dtype.itemsize if llm.cache_bits == 16 else 1 + 4 / min(x.attn.head_dim for x in spec.pattern)
-    keys = kv_bytes(spec, length, size)
+    keys = kv_bytes(spec, length, item_bytes(spec, model.dtype, llm.cache_bits == 8))
     row = 2 * keys + 16 * spec.vocab + 64 * prompt * spec.dim  # twice: rows that leave are left out by a copy
     return max(1, min(MOST.get(model.device.type, 32), int(SHARE * free_memory(model.device) / row)))
 

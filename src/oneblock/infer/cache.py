@@ -37,6 +37,11 @@ def decoded(held: Held, dtype: torch.dtype) -> Tensor:
     return (codes * scale).to(dtype)
 
 
+def item_bytes(spec: s.Spec, dtype: torch.dtype, coded: bool) -> float:
+    """What a number of a cache takes, with its share of a scale."""
+    return 1 + 4 / min(x.attn.head_dim for x in spec.pattern) if coded else dtype.itemsize
+
+
 class KVCache:
     """A cache for `capacity` columns, growing when there are more. A layer with a window or a chunk is a ring of
     that length and never stores more.

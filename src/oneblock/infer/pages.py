@@ -8,9 +8,10 @@ from __future__ import annotations
 import mmap
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oneblock.model import Decoder
+from oneblock.store.load import put
 
 LINE = 64  # bytes: each tensor begins at a multiple
 REPAYS = 100  # tokens to come from which the copy is repaid: it takes as long as some ten steps
@@ -27,21 +28,15 @@ def settle(model: Decoder) -> None:
     except OSError:  # a system without them
         return
     start = 0
-    for name, x in held.items():
+    while held:  # what was moved is let go before the next
+        name, x = held.popitem()
         new = torch.frombuffer(room, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
         new.copy_(x.detach())
-        put(model, name, new)
+        if isinstance(x, nn.Parameter):
+            x.data = new  # the same parameter, wherever else it is used
+        else:
+            put(model, name, new)
         start += rounded(x.nbytes)
-
-
-def put(model: Decoder, name: str, new: Tensor) -> None:
-    module, _, key = name.rpartition(".")
-    owner = model.get_submodule(module)
-    old = getattr(owner, key)
-    if isinstance(old, nn.Parameter):
-        old.data = new  # the same parameter, wherever else it is used
-    else:
-        setattr(owner, key, new)
 
 
 def rounded(n: int) -> int:

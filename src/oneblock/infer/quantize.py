@@ -19,7 +19,7 @@ from oneblock.infer.linears import Coded, Float8
 from oneblock.model import Decoder
 from oneblock.model.mlp import Experts, activate
 from oneblock.store.config import QUANTIZED, read_config, write_config
-from oneblock.store.load import SINGLE, Checkpoint, as_dtype, on_meta, read_generation
+from oneblock.store.load import SINGLE, Checkpoint, as_dtype, on_meta, put, read_generation
 from oneblock.store.save import write_settings
 
 EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
@@ -136,11 +136,6 @@ def fits(weight: Tensor, group: int) -> bool:
     return weight.shape[1] % (group or 16) == 0
 
 
-def put(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, new)
-
-
 # ------------------------------------------------------------------ folders
 
 
@@ -215,7 +210,6 @@ def fill(model: Decoder, path: Path, stored: dict[str, Tensor], dtype: torch.dty
         x = stored[name]
         if x.shape != like.shape:
             raise OneblockError(f"{path}: tensor {name!r} has shape {list(x.shape)}, not {list(like.shape)}")
-        owner, _, key = name.rpartition(".")
         if isinstance(like, nn.Parameter):
             x = nn.Parameter(x.to(dtype) if dtype else x, requires_grad=False)
-        setattr(model.get_submodule(owner), key, x)
+        put(model, name, x)

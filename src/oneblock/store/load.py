@@ -276,9 +276,14 @@ def _copy_all(rest: list[tuple[Entry, Slot]], ready: dict[str, Tensor]) -> None:
         torch.set_num_threads(before)  # a part of the setting is the whole process's
 
 
+def put(root: nn.Module, name: str, new: nn.Module | Tensor) -> None:
+    """In the place of the module, parameter or buffer of this name."""
+    owner, _, key = name.rpartition(".")
+    setattr(root.get_submodule(owner), key, new)
+
+
 def assign(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
     """Give the model these parameters, by name."""
     for name, tensor in tensors.items():
-        module, _, key = name.rpartition(".")
-        setattr(model.get_submodule(module), key, nn.Parameter(tensor))
+        put(model, name, nn.Parameter(tensor))
     model.tie()

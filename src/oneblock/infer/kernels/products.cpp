@@ -125,7 +125,7 @@ static void some_rows(const u16* w, int64_t rows, int64_t K, const u16* x, int64
   int64_t n = 0;
   if (M == 1 && K < SHORT)
     for (; n < rows; n++) y[n] = narrowed(dot(w + n * K, x, K) + (bias ? widened(bias[n]) : 0.0f));
-  for (; M == 1 && n + 8 <= rows; n += 8) all_rows<8>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
+  for (; M == 1 && n + 8 <= rows; n += 8) dots<8, 1>(w + n * K, K, x, bias ? bias + n : nullptr, y + n, ldy);
   for (; M > 1 && n + 4 <= rows; n += 4) all_rows<4>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
   for (; n < rows; n++) all_rows<1>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
 }
@@ -182,7 +182,7 @@ static void code_group(const u16* x, int64_t g, const Codes& c) {
   c.sums[g] = scale * ((float)_mm512_reduce_add_epi32(sum) + (float)_mm512_reduce_add_epi32(rest) / 254.0f);
 }
 
-// In memory that is kept for the next call, which reads it before it is written anew.
+// In memory that each thread keeps for its next call.
 static Codes coded(const u16* x, int64_t M, int64_t K, int64_t G, bool fine) {
   thread_local std::vector<int8_t> bytes;
   thread_local std::vector<float> floats;
