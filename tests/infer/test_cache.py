@@ -79,6 +79,25 @@ def test_cached_equals_full(name, pieces):
     assert not cache.padded
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["alone", "ragged"])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_last_columns_alone_are_the_same(name: str, padded: bool) -> None:
+    """The last layer asks for them only; its keys and values, and what comes later, are as ever."""
+    model = random_model(SPECS[name])
+    ids = torch.randint(0, model.spec.vocab, (2, 32), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(32) - torch.tensor([[0], [3 if padded else 0]])
+    asked = []
+    model.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: asked.append(args[0].shape[1]))
+    cache, whole = (KVCache(model.spec, 2, 32, torch.float32, CPU) for _ in range(2))
+    for start, end, last in ((0, 13, 1), (13, 20, 3), (20, 21, 1), (21, 32, 11)):
+        fed, at = ids[:, start:end], positions[:, start:end] if padded else None
+        some = model.hidden(fed, positions=at, cache=cache, last=last)
+        assert asked.pop() == last
+        every = model.hidden(fed, positions=at, cache=whole)
+        torch.testing.assert_close(some, every[:, -last:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.hidden(ids, last=2), model.hidden(ids)[:, -2:])
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_eight_bits_stay_near_however_the_text_comes(name: str) -> None:
     """Grown, in rings, and less memory than half: 8 bits and a scale for each head of a token."""

@@ -97,17 +97,17 @@ class Texts:
             return self.compiled(fed, positions, self.cache)
         return self.model.logits(self._hidden(fed, positions)[:, -1])
 
-    def _hidden(self, fed: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The stream of what is fed, (B, T, dim); of a long prompt that of its last chunk."""
-        length, chunk = fed.shape[1], max(CHUNK // len(fed), 1)
+    def _hidden(self, fed: Tensor, positions: Tensor | None = None, last: int = 1) -> Tensor:
+        """The stream of the last columns of what is fed, (B, last, dim), read chunk by chunk where it is long."""
+        length, chunk = fed.shape[1], max(CHUNK // len(fed), last)
         if self._whole or length <= chunk:
-            return self.model.hidden(fed, positions=positions, cache=self.cache)
+            return self.model.hidden(fed, positions=positions, cache=self.cache, last=last)
         sizes = [length % chunk or chunk, *[chunk] * ((length - 1) // chunk)]
         places = [None] * len(sizes) if positions is None else positions.split(sizes, 1)
         *early, (ids, at) = zip(fed.split(sizes, 1), places, strict=True)
         for ids_before, at_before in early:
-            self.model.hidden(ids_before, positions=at_before, cache=self.cache)
-        return self.model.hidden(ids, positions=at, cache=self.cache)
+            self.model.hidden(ids_before, positions=at_before, cache=self.cache, last=1)
+        return self.model.hidden(ids, positions=at, cache=self.cache, last=last)
 
     def peek(self, guesses: Sequence[int]) -> Tensor:
         """Of the only row: feed what the cache lacks and guesses; the logits after its last token and each, (n, V).
@@ -118,7 +118,7 @@ class Texts:
         if not guesses:
             return self.advance()
         fed = torch.tensor([row[self.cache.length :] + list(guesses)], device=self.model.device)
-        return self.model.logits(self._hidden(fed)[0, -len(guesses) - 1 :])
+        return self.model.logits(self._hidden(fed, last=len(guesses) + 1)[0])
 
     def append(self, ids: Sequence[int]) -> None:
         for row, id in zip(self.rows, ids, strict=True):

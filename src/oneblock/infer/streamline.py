@@ -26,6 +26,8 @@ class Project:
 
     def __call__(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = cast(Any, self.attn)
+        if x is not source:  # of the last layer only some columns ask
+            return attn.wq(x), attn.wk(source), attn.wv(source)
         q, k, v = product(x, (attn.wq, attn.wk, attn.wv))
         return q, k, v
 

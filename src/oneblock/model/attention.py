@@ -40,26 +40,30 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        a = self.spec
+        a, asking = self.spec, step.asking
         source = step.image if a.cross else x
         assert source is not None, "the decoder skips cross-attention where there is no image"
-        q, k, v = self.project(x, source)
-        if a.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
-        if a.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if a.rope:
-            cos, sin = step.rotary(a.rope, a.head_dim, q.dtype)
-            q, k = (rotate(q, cos, sin, a.rope.interleaved), rotate(k, cos, sin, a.rope.interleaved))
-        if a.qk_norm == "l2":
-            q, k = l2_norm(q, self.eps), l2_norm(k, self.eps)
+        q, k, v = self.project(step.asked(x), source)
+        q, k, v = self.placed(q, self.q_norm, asking), self.placed(k, self.k_norm, step), self.heads(v)
         if a.tempering:
-            q = q * temperature(step.positions, *a.tempering).type_as(q)
+            q = q * temperature(asking.positions, *a.tempering).type_as(q)
         if step.cache is not None and not a.cross:
             k, v = step.cache.update(layer, k, v)
-        y = self.read(q, k, v, step, layer)
+        y = self.read(q, k, v, asking, layer)
         return self.wo(y.transpose(1, 2).flatten(2))
+
+    def placed(self, x: Tensor, norm: nn.Module, step: Step) -> Tensor:
+        """Queries or keys as they meet, normed and turned to their positions: (B, T, heads x D) -> (B, heads, T, D)."""
+        a = self.spec
+        x = self.heads(norm(x) if a.qk_norm == "full" else x)
+        x = norm(x) if a.qk_norm == "head" else x
+        if a.rope:
+            x = rotate(x, *step.rotary(a.rope, a.head_dim, x.dtype), a.rope.interleaved)
+        return l2_norm(x, self.eps) if a.qk_norm == "l2" else x
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads x D) -> (B, heads, T, D)."""
+        return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
 
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, T, heads x D) each: inference puts one product in its place."""

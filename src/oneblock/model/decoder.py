@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,13 +53,14 @@ class Block(nn.Module):
         def mlp(x: Tensor) -> Tensor:
             return dropped(self.mlp(lowered(x), drop.mlp), drop.residual)
 
+        asked = step.asked(x)
         if self.residual == "post":
-            x = self.attn_out(x + attn(x))
+            x = self.attn_out(asked + attn(x))
             return self.mlp_out(x + mlp(x))
         if self.residual in ("parallel", "parallel_two"):
             h = lowered(self.attn_in(x))
-            return x + attn(h) + mlp(h if self.residual == "parallel" else self.mlp_in(x))
-        x = x + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
+            return asked + attn(h) + mlp(step.asked(h) if self.residual == "parallel" else self.mlp_in(asked))
+        x = asked + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
         return x + gated(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
 
 
@@ -117,8 +120,12 @@ class Decoder(nn.Module):
         image: Tensor | None = None,
         documents: Tensor | None = None,
         dropout: Dropout | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """The stream after the last norm, (B, T, dim): `forward` without the product with the vocabulary."""
+        """The stream after the last norm, (B, T, dim): `forward` without the product with the vocabulary.
+
+        `last`: of so many columns at the end only. With a cache the last layer then leaves out the others' queries.
+        """
         start = 0 if cache is None else cache.length
         ordered = positions is None and documents is None and not (cache is not None and cache.padded)
         if positions is None:
@@ -131,10 +138,12 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             if image is None and self.spec.layers[layer].attn.cross:
                 continue
+            if layer == len(self.blocks) - 1 and cache is not None and last is not None and last < x.shape[1]:
+                step = replace(step, last=last)
             x = block(x, step, layer)
         if cache is not None:
             cache.end()
-        return self.norm(x)
+        return self.norm(x if last is None else x[:, -last:])
 
     def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block: (B, T) -> (B, T, dim)."""

@@ -6,7 +6,7 @@ Shapes: B batch (or 1, when all rows agree), T new tokens, S keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -67,9 +67,22 @@ class Step:
     image: Tensor | None = None  # (B, S_image, dim), what cross-attention reads
     documents: Tensor | None = None  # (B, T), the document each token belongs to; attention stays inside it
     dropout: Dropout = Dropout()
+    last: int | None = None  # of this layer only so many columns at the end are read; of the others keys and values
 
     def __post_init__(self) -> None:
         self._tables: dict[tuple[object, ...], Any] = {}
+
+    def asked(self, x: Tensor) -> Tensor:
+        """The columns of x (B, T, ..) that go on after this layer."""
+        return x if self.last is None else x[:, -self.last :]
+
+    @property
+    def asking(self) -> Step:
+        """The step as those columns' queries see it."""
+        if self.last is None:
+            return self
+        earlier = self.positions.shape[1] - self.last
+        return replace(self, positions=self.asked(self.positions), start=self.start + earlier, last=None)
 
     def rotary(self, rope: s.Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines for this pass, (B, 1, T, R / 2), in the dtype of the queries."""
