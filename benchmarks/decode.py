@@ -77,8 +77,11 @@ def make(folder: Path, name: str, llama: bool) -> None:
 
 
 def ours(folder: Path, compile: str) -> Run:
+    """As `oneblock generate` has it."""
     import oneblock
+    from oneblock.memory import reuse_memory
 
+    reuse_memory()
     llm = oneblock.load(folder)
     llm.compile = compile  # type: ignore[assignment]
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from common import Row, arguments, cpu_name, report, row
+from oneblock.memory import reuse_memory
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import memory, params
 from oneblock.spec import Spec, spec
-from oneblock.train.machine import peak_memory, product_dtype, reuse_memory
+from oneblock.train.machine import peak_memory, product_dtype
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"

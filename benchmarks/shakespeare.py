@@ -27,10 +27,11 @@ import torch
 import peers
 from common import Row, alternate, arguments, report, row, seconds
 from oneblock.data.rows import in_order
+from oneblock.memory import reuse_memory
 from oneblock.train.assemble import learner_for
 from oneblock.train.loop import Metrics, State, train
 from oneblock.train.losses import evaluate
-from oneblock.train.machine import precision, reuse_memory
+from oneblock.train.machine import precision
 from oneblock.train.options import Dropouts, Loop, Objective, Optimizer, Schedule, Sizes, Start, Train
 from oneblock.train.prepare import Job, dropout_of, prepare
 from oneblock.train.session import fresh

@@ -32,11 +32,11 @@ WORDS, ROWS, LENGTH = 128_256, 2, 1024  # of the loss's memory
 def ours(model_name: str = "gpt2", batch: int = BATCH, context: int = CONTEXT, **changes: int) -> Callable[[], None]:
     """A step as `oneblock train` makes it."""
     from oneblock.data.rows import Batch
+    from oneblock.memory import reuse_memory
     from oneblock.model import Decoder, init_weights
     from oneblock.spec import spec
     from oneblock.train.loop import Engine, Learner, start
     from oneblock.train.losses import pretraining
-    from oneblock.train.machine import reuse_memory
     from oneblock.train.options import Loop, Optimizer, Schedule
     from oneblock.train.world import World
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "oneblock"
-ORDER = ["errors", "config", "compiler", "ranks", "spec", "plan", "text", "model", "store", "infer", "data"]
+ORDER = ["errors", "config", "compiler", "memory", "ranks", "spec", "plan", "text", "model", "store", "infer", "data"]
 ORDER += ["train", "lineage", "demo", "cli", "__init__", "__main__"]
 LIGHT = ["spec", "plan"]  # these stand on the standard library alone
 

@@ -14,9 +14,12 @@ from oneblock.infer.cache import KVCache
 from oneblock.infer.codes import in_4_bits, in_8_bits
 from oneblock.infer.kernels import build
 from oneblock.infer.linears import Coded, Streamed, product
-from oneblock.infer.streamline import streamed, streamline
+from oneblock.infer.streamline import Inner, Normed, streamed, streamline
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.model.mlp import Mlp
+from oneblock.model.norm import Norm
+from oneblock.model.rope import rotate
+from oneblock.spec import parts, spec
 
 kernels = pytest.mark.skipif(not build.available(), reason=build.missing() or "there are kernels")
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16)
@@ -138,3 +141,75 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(build, "processor_flags", lambda: frozenset(build.NEEDED))
     monkeypatch.setattr(subprocess, "run", fail)
     assert build.missing.__wrapped__().endswith("failed: error: too old")
+
+
+# ------------------------------------------------------------------ what lies between the products
+
+
+@kernels
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("shape", [(1, 1, 768), (2, 5, 100), (40, 2050)], ids=str)
+def test_norms(kind: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    changes = [{}, {"gain": "before"}, {"offset": 1.0, "gain": "before"}] if kind == "rms" else [{}, {"bias": True}]
+    for change in changes:
+        norm = Norm(parts.Norm(**{"kind": kind, **change}), shape[-1]).bfloat16()
+        for p in norm.parameters():
+            p.data.normal_(0.5)
+        x = torch.randn(shape).bfloat16() * 3 + 1
+        with torch.inference_mode():
+            ours, theirs = Normed(norm)(x), norm(x)
+            exact = norm.float()(x.float())
+        assert ours.shape == x.shape
+        assert ours.dtype == torch.bfloat16
+        assert wrong(ours, exact) < 1.1 * wrong(theirs, exact)
+
+
+@kernels
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh", "quick_gelu", "gelu", "relu", "relu2"])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_feed_forwards(rows: int, act: str, gated: bool) -> None:
+    torch.manual_seed(0)
+    mlp = Mlp(parts.Mlp(hidden=100, act=act, gated=gated), 64).bfloat16()
+    x = 3 * torch.randn(2, rows, 64).bfloat16()
+    with torch.inference_mode():
+        before = mlp(x)
+        exact = mlp.float()(x.float())
+        mlp.bfloat16().inner = Inner(mlp)
+        assert wrong(mlp(x), exact) < max(1.1 * wrong(before, exact), 0.005)
+
+
+@kernels
+@pytest.mark.parametrize(("heads", "head_dim", "part"), [(3, 64, 64), (2, 80, 32), (1, 6, 4)])
+def test_heads_turned(heads: int, head_dim: int, part: int) -> None:
+    torch.manual_seed(0)
+    for rows in (1, 2):
+        cos, sin = (torch.randn(rows, 1, 7, part // 2).bfloat16() for _ in range(2))
+        x = torch.randn(2, 7, heads * head_dim + 5).bfloat16()[..., 5:].unflatten(-1, (heads, head_dim)).transpose(1, 2)
+        exact = rotate(x.float(), cos.float(), sin.float(), False)
+        with torch.inference_mode():
+            y = torch.ops.oneblock_rows.turned(x, cos, sin)
+        assert y.is_contiguous()
+        assert wrong(y, exact) < 0.004
+
+
+@kernels
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (7, 7), (5, 40), (128, 300)])
+def test_weights_of_many_queries(rows: int, keys: int) -> None:
+    torch.manual_seed(0)
+    scores = 8 * torch.randn(2, 3 * rows, keys).bfloat16()
+    seen = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows).repeat(3, 1)
+    exact = (scores.float() * 0.3).masked_fill(~seen, -torch.inf).softmax(-1)
+    torch.ops.oneblock_rows.weigh(scores, rows, 0.3)
+    assert bool((scores[:, ~seen] == 0).all())
+    assert wrong(scores, exact) < 0.004
+
+
+def test_gradients_go_through_a_model_that_was_made_ready() -> None:
+    """What is asked for gradients takes torch's own operators."""
+    model = Decoder(spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, hidden=128)).bfloat16()
+    init_weights(model, 0)
+    streamline(model)
+    model(torch.arange(9)[None]).float().logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())

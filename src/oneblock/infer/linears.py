@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oneblock.infer.codes import TILE, in_float8, packed, tiled, unpacked
-from oneblock.infer.kernels.build import available
+from oneblock.infer.kernels.build import fits
 
 BLOCKS = (256, 128, 64, 32, 16)  # columns whose activations share a scale, where weights have no groups: what divides
 MOST = 16  # rows up to which bf16 weights stream faster than torch's product, which wins with more
@@ -141,7 +141,7 @@ def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
     """What each layer makes of x (.., K): all in one of our products where they are of one kind that has one."""
     streamed = [layer for layer in layers if isinstance(layer, Streamed)]
     coded = [layer for layer in layers if isinstance(layer, Coded)]
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not available():
+    if not fits(x):
         return [layer.plain(x) for layer in layers]
     if len(coded) == len(layers):
         y = coded_product(x.contiguous(), coded)

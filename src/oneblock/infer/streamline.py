@@ -1,21 +1,31 @@
-"""A finished model made ready to decode on a CPU: products that stream weights, several matrices in one product.
+"""A finished model made ready for a CPU: products that stream weights, one product for several, one operator for many.
 
 Done from outside and in place; parameters and their names stay. Without kernels torch's products stand in.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from oneblock.infer.kernels.build import available
+from oneblock.infer.kernels.build import fits
 from oneblock.infer.linears import Coded, Layer, Streamed, product
 from oneblock.model import Decoder
-from oneblock.model.attention import Attention
-from oneblock.model.mlp import Mlp
+from oneblock.model.attention import MIDDLE, Attention, by_products
+from oneblock.model.mlp import Mlp, activate
+from oneblock.model.norm import Norm
 from oneblock.model.step import Step
+
+CURVE = 2 * (2 / math.pi) ** 0.5
+SIGMOIDS = {
+    "silu": (1.0, 0.0),
+    "quick_gelu": (1.702, 0.0),
+    "gelu_tanh": (CURVE, CURVE * 0.044715),
+}  # x sigmoid(a x + b x^3)
 
 
 class Project:
@@ -32,32 +42,88 @@ class Project:
         return q, k, v
 
 
-class Widen:
-    """`Mlp.widen` as one product."""
+class Inner:
+    """`Mlp.inner` as one product and one operator."""
 
     def __init__(self, mlp: Mlp):
-        self.mlp = mlp
+        self.mlp, self.inner = mlp, mlp.inner
+        self.curve = SIGMOIDS.get(mlp.spec.act) if mlp.spec.limit is None and not mlp.spec.up_offset else None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor) -> Tensor:
         mlp = cast(Any, self.mlp)
-        up, gate = product(x, (mlp.up, mlp.gate))
-        return up, gate
+        if mlp.gate is None:
+            x, up = mlp.up(x), None
+        elif alike(mlp.up, mlp.gate):
+            up, x = product(x, (mlp.up, mlp.gate))
+        else:
+            up, x = mlp.up(x), mlp.gate(x)
+        if self.curve is None or not alone(x):
+            return activate(mlp.spec, x, None) if up is None else activate(mlp.spec, up, x)
+        x = even(x)
+        torch.ops.oneblock_rows.gate(x, None if up is None else even(up), *self.curve)
+        return x
+
+
+class Normed:
+    """`Norm.forward` as one operator."""
+
+    def __init__(self, norm: Norm):
+        self.norm, self.forward = norm, norm.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm, spec = self.norm, self.norm.spec
+        if not alone(x) or norm.weight.dtype != x.dtype:
+            return self.forward(x)
+        centred = spec.kind == "layer"
+        how = spec.eps, spec.offset, centred, not centred and spec.gain == "after"
+        return torch.ops.oneblock_rows.norm(x.contiguous(), norm.weight, norm.bias, *how)
+
+
+class Turn:
+    """`Attention.turn` as one operator."""
+
+    def __init__(self, attn: Attention):
+        self.turn = attn.turn
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not alone(x) or x.stride(-1) != 1:
+            return self.turn(x, cos, sin)
+        return torch.ops.oneblock_rows.turned(x, cos.contiguous(), sin.contiguous())
 
 
 class Read:
-    """`Attention.read` for one query: each key is read once for all heads that share it."""
+    """`Attention.read`: of one query each key is read once for all heads that share it, of many weights in one go."""
 
     def __init__(self, attn: Attention):
         self.attn, self.read = attn, attn.read
         self.scale = attn.spec.scale or attn.spec.head_dim**-0.5
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
-        fits = q.shape[2] == 1 and q.dtype == k.dtype == torch.bfloat16 and q.device.type == "cpu"
-        if not fits or step.documents is not None or not available():
+        if not fits(q) or k.dtype != q.dtype or step.documents is not None:
             return self.read(q, k, v, step, layer)
-        keys = k.shape[2]
-        seen = step.mask(self.attn.spec, layer, slice(0, 1), slice(0, keys))[:, 0, 0]
-        return torch.ops.oneblock_rows.attend(q.contiguous(), k, v, seen.contiguous(), self.scale)
+        a, keys = self.attn.spec, k.shape[2]
+        if q.shape[2] == 1:
+            seen = step.mask(a, layer, slice(0, 1), slice(0, keys))[:, 0, 0]
+            return torch.ops.oneblock_rows.attend(q.contiguous(), k, v, seen.contiguous(), self.scale)
+        if alone(q) and keys <= MIDDLE and step.sees(a, keys) in ("causal", "later"):
+            return by_products(q, k, v, self.weigh)
+        return self.read(q, k, v, step, layer)
+
+    def weigh(self, q: Tensor, k: Tensor, groups: int) -> Tensor:
+        scores = torch.bmm(q, k.transpose(1, 2))
+        torch.ops.oneblock_rows.weigh(scores, q.shape[1] // groups, self.scale)
+        return scores
+
+
+def alone(x: Tensor) -> bool:
+    """Whether x goes through our operators, and is not part of a graph: that fuses better what is small."""
+    return fits(x) and not torch.compiler.is_compiling()
+
+
+def even(x: Tensor) -> Tensor:
+    """x (.., N) with rows at even distances."""
+    steps = x.dim() < 3 or len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if x.stride(-1) == 1 and steps else x.contiguous()
 
 
 def streamline(model: Decoder) -> None:
@@ -69,18 +135,28 @@ def streamline(model: Decoder) -> None:
             if type(child) is nn.Linear:
                 setattr(module, name, streamed(child))
     for module in model.modules():
-        if isinstance(module, Attention) and "project" not in vars(module):
-            join_attention(module)
-        if isinstance(module, Mlp) and module.gate is not None and alike(module.up, module.gate):
-            module.widen = Widen(module)
+        if isinstance(module, Attention):
+            streamline_attention(module)
+        elif isinstance(module, Mlp):
+            put(module, "inner", Inner)
+        elif isinstance(module, Norm):
+            put(module, "forward", Normed)
 
 
-def join_attention(attn: Attention) -> None:
+def streamline_attention(attn: Attention) -> None:
     a = attn.spec
     if not a.cross and alike(attn.wq, attn.wk, attn.wv):
-        attn.project = Project(attn)
+        put(attn, "project", Project)
+    if a.rope and not a.rope.interleaved:
+        put(attn, "turn", Turn)
     if not a.cross and a.softcap is None and attn.sinks is None and a.head_dim % 32 == 0:
-        attn.read = Read(attn)
+        put(attn, "read", Read)
+
+
+def put(module: nn.Module, name: str, step: Callable[[Any], object]) -> None:
+    """Have a step of a module done otherwise."""
+    if name not in vars(module):
+        setattr(module, name, step(module))
 
 
 def streamed(linear: nn.Linear) -> Streamed:

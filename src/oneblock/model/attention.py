@@ -6,6 +6,8 @@ Shapes: B batch, T queries, S keys, H heads, K KV heads, G = H / K heads that sh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +60,12 @@ class Attention(nn.Module):
         x = self.heads(norm(x) if a.qk_norm == "full" else x)
         x = norm(x) if a.qk_norm == "head" else x
         if a.rope:
-            x = rotate(x, *step.rotary(a.rope, a.head_dim, x.dtype), a.rope.interleaved)
+            x = self.turn(x, *step.rotary(a.rope, a.head_dim, x.dtype))
         return l2_norm(x, self.eps) if a.qk_norm == "l2" else x
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate`, as a step that inference may do otherwise."""
+        return rotate(x, cos, sin, self.spec.rope is not None and self.spec.rope.interleaved)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads x D) -> (B, heads, T, D)."""
@@ -91,7 +97,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: i
     if written_out or sees == "mask":
         return _by_blocks(q, k, v, a, step, layer, sinks)
     if sees in ("causal", "later") and _products_pay(q, k.shape[2]):
-        return _by_products(q, k, v, a, step)
+        return by_products(q, k, v, partial(_weights, a, step))
     if sees == "later":
         return _later(q, k, v, a)
     return _fused(q, k, v, a, step, causal=sees == "causal")
@@ -119,8 +125,11 @@ def _fused(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step) -> Tensor:
-    """Causal attention as two batched products for each block of queries; the heads of a group are rows of one."""
+def by_products(q: Tensor, k: Tensor, v: Tensor, weigh: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """Causal attention as two batched products for each block of queries; the heads of a group are rows of one.
+
+    `weigh`: of the last queries of a text (B K, G rows, D), of its keys (B K, keys, D) and of G, the weights.
+    """
     batch, kv_heads, keys, _ = k.shape
     groups, length = q.shape[1] // kv_heads, q.shape[2]
     earlier = keys - length
@@ -129,13 +138,12 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step) ->
     for start in range(0, length, block) if length > block else (0,):
         end = min(start + block, length)
         rows = q[:, :, start:end].reshape(batch * kv_heads, groups * (end - start), -1)
-        y = _product(rows, k[:, : earlier + end], v[:, : earlier + end], a, step, groups)
+        y = torch.bmm(weigh(rows, k[:, : earlier + end], groups).type_as(v), v[:, : earlier + end])
         parts.append(y.view(batch, kv_heads * groups, end - start, -1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _product(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, groups: int) -> Tensor:
-    """The last queries of a text over all of its keys: q (B K, G rows, D), k and v (B K, keys, D)."""
+def _weights(a: s.Attention, step: Step, q: Tensor, k: Tensor, groups: int) -> Tensor:
     rows, keys = q.shape[1] // groups, k.shape[1]
 
     def build() -> Tensor:
@@ -143,8 +151,7 @@ def _product(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, groups
 
     bias = step.shared(f"bias{groups}", a, build) if rows == keys else build()
     weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=a.scale or a.head_dim**-0.5).softmax(-1)
-    weights = F.dropout(weights, step.dropout.attn) if step.dropout.attn else weights
-    return torch.bmm(weights.type_as(v), v)
+    return F.dropout(weights, step.dropout.attn) if step.dropout.attn else weights
 
 
 def _later(q: Tensor, k: Tensor, v: Tensor, a: s.Attention) -> Tensor:

@@ -42,12 +42,12 @@ class Mlp(nn.Module):
         self.down = nn.Linear(spec.hidden, dim, bias=spec.bias)
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
-        h = activate(self.spec, *self.widen(x))
+        h = self.inner(x)
         return self.down(F.dropout(h, dropout) if dropout else h)
 
-    def widen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What goes up and, where there is one, its gate: inference puts one product in their place."""
-        return self.up(x), None if self.gate is None else self.gate(x)
+    def inner(self, x: Tensor) -> Tensor:
+        """What comes before the last product, as a step that inference may do otherwise."""
+        return activate(self.spec, self.up(x), None if self.gate is None else self.gate(x))
 
 
 class Experts(nn.Module):

@@ -24,7 +24,7 @@ SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
 
 def train(options: Train) -> None:
     """Train a model on text, alone or with the ranks that torchrun has started, or go on with a run."""
-    from oneblock.train.machine import reuse_memory
+    from oneblock.memory import reuse_memory
     from oneblock.train.world import together
 
     loop = (options if options.resume is None else resumed(options)).loop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
@@ -12,9 +11,6 @@ import torch
 
 from oneblock.errors import OneblockError
 from oneblock.train.options import Loop
-
-# glibc's mallopt (malloc.h)
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 
 def use_device(name: str) -> torch.device:
@@ -49,21 +45,6 @@ def has_bf16(device: str) -> bool:
 
 
 # ------------------------------------------------------------------ memory
-
-
-def reuse_memory() -> None:
-    """Let the C library keep freed memory instead of giving it back: a step needs the same again.
-
-    Memory that comes fresh from the system is cleared page by page, which cost half of a step of GPT-2 on two cores.
-    Large pieces still come and go, on huge pages, so that little lies idle. With glibc; elsewhere nothing changes.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, if it has not allocated yet
-    if not sys.platform.startswith("linux"):
-        return
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for name, value in ((MMAP_THRESHOLD, 4 << 20), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 64 << 20)):
-            mallopt(name, value)
 
 
 def peak_memory(device: torch.device) -> int:

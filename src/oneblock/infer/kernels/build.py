@@ -1,4 +1,4 @@
-"""products.cpp to operators: compiled once for this processor and this torch, kept between runs."""
+"""The C++ sources here to operators: compiled once for this processor and this torch, kept between runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from torch import Tensor
 
 from oneblock.compiler import compiler, kept
 
-SOURCE = Path(__file__).with_name("products.cpp")
+SOURCE = Path(__file__).with_name("operators.cpp")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-std=c++20")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni")
 SECONDS = 120  # the compiler usually takes 3
 
 
 def available() -> bool:
-    """Whether there are `torch.ops.oneblock_rows` (`linear`, `linear_coded`, `attend`). Compiles them at first use."""
+    """Whether there are `torch.ops.oneblock_rows` (operators.cpp). Compiles them at first use."""
     return loaded()
+
+
+def fits(x: Tensor) -> bool:
+    """Whether they can have x: on a CPU, in bf16, and nobody asks for gradients."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and available()
 
 
 # A constant for torch.compile: torch.compiler.assume_constant_result without its import of the compiler, a second.
@@ -70,7 +75,8 @@ def processor_flags() -> frozenset[str]:
 @cache
 def cached() -> Path:
     """Where the operators of this source, this torch and this processor are kept."""
-    what = [SOURCE.read_text(), torch.__version__, compiler(), *FLAGS, *sorted(processor_flags())]
+    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]*")))
+    what = [*sources, torch.__version__, compiler(), *FLAGS, *sorted(processor_flags())]
     name = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
     return kept("kernels") / f"{name}.so"
 

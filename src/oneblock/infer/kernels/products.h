@@ -1,41 +1,15 @@
 // Products of a few rows with matrices too large for the caches: as fast as the weights come from memory.
 //
-// M rows of x, K numbers each; N rows of w. Needs AVX512 with BF16 and VNNI. Compiled by kernels/build.py against torch's
-// stable interface, in about two seconds.
+// M rows of x, K numbers each; N rows of w.
+#pragma once
 
-#include <immintrin.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstring>
-#include <vector>
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using u16 = uint16_t;
+#include "vector.h"
 
 constexpr int64_t SHORT = 1536;  // numbers in a row
 constexpr int64_t AHEAD = 2048;  // bytes of codes that are fetched before they are needed
 constexpr int64_t MOST = 64;     // threads
 constexpr int64_t PIECES = 8;    // of a thread's run
 
-static inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-static inline float widened(u16 x) { uint32_t y = uint32_t(x) << 16; float f; memcpy(&f, &y, 4); return f; }
-static inline u16 narrowed(float x) { u16 y; __m128bh h = _mm_cvtneps_pbh(_mm_set_ss(x)); memcpy(&y, &h, 2); return y; }
-
-// exp of numbers at or below zero, to 2e-7: 2 ** n times a polynomial of what is left.
-static inline __m512 exped(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x));
-  __m512 y = _mm512_set1_ps(1.0f / 720);
-  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
-}
 
 // Several matrices that read the same x, one after another in y.
 struct Places {
@@ -325,91 +299,4 @@ static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors offs
     }
   });
   return y;
-}
-
-// ---------------------------------------------------------------- attention with one query
-
-// Scores to weights that are still to be divided by the sum it returns; L a multiple of 16.
-static float softmax(float* p, int64_t L) {
-  __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < L; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(p + i));
-  top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-  for (int64_t i = 0; i < L; i += 16) {
-    __m512 y = exped(_mm512_sub_ps(_mm512_loadu_ps(p + i), top));
-    sum = _mm512_add_ps(sum, y);
-    _mm512_storeu_ps(p + i, y);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-// H heads' weights p (H, L) times v (S, D), into y (H, D); their sums stay in registers.
-template <int H>
-static void weighed(const float* p, int64_t L, const float* sum, const u16* v, const bool* seen, int64_t S, int64_t D, u16* y) {
-  for (int64_t d = 0; d < D; d += 16) {
-    __m512 acc[H];
-    #pragma GCC unroll 8
-    for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < S; s++) {
-      if (!seen[s]) continue;
-      __m512 value = widened(_mm256_loadu_si256((const __m256i*)(v + s * D + d)));
-      #pragma GCC unroll 8
-      for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(_mm512_set1_ps(p[h * L + s]), value, acc[h]);
-    }
-    #pragma GCC unroll 8
-    for (int h = 0; h < H; h++)
-      _mm256_storeu_si256((__m256i*)(y + h * D + d), (__m256i)_mm512_cvtneps_pbh(_mm512_div_ps(acc[h], _mm512_set1_ps(sum[h]))));
-  }
-}
-
-// The heads that share keys, over all columns with a mark. q (heads, D), y (heads, D); D a multiple of 32.
-static void read_group(const u16* q, const u16* k, const u16* v, const bool* seen, int64_t heads, int64_t S, int64_t D,
-                       float scale, std::vector<float>& p, u16* y) {
-  while (S > 1 && !seen[S - 1]) S--;  // room that is not used yet
-  int64_t L = (S + 15) / 16 * 16;
-  p.assign(heads * (L + 1), -INFINITY);
-  float* sum = p.data() + heads * L;
-  for (int64_t s = 0; s < S; s++) {
-    if (!seen[s]) continue;
-    for (int64_t h = 0; h < heads; h++) {
-      __m512 dot = _mm512_setzero_ps();
-      for (int64_t d = 0; d < D; d += 32)
-        dot = _mm512_dpbf16_ps(dot, (__m512bh)_mm512_loadu_si512(q + h * D + d), (__m512bh)_mm512_loadu_si512(k + s * D + d));
-      p[h * L + s] = _mm512_reduce_add_ps(dot) * scale;
-    }
-  }
-  for (int64_t h = 0; h < heads; h++) sum[h] = softmax(p.data() + h * L, L);
-  int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) weighed<4>(p.data() + h * L, L, sum + h, v, seen, S, D, y + h * D);
-  for (; h + 2 <= heads; h += 2) weighed<2>(p.data() + h * L, L, sum + h, v, seen, S, D, y + h * D);
-  for (; h < heads; h++) weighed<1>(p.data() + h * L, L, sum + h, v, seen, S, D, y + h * D);
-}
-
-// q (B, H, 1, D) over k, v (B, K, S, D) with columns and numbers in a row; seen (B or 1, S) -> (B, H, 1, D)
-static Tensor attend(Tensor q, Tensor k, Tensor v, Tensor seen, double scale) {
-  int64_t B = q.size(0), H = q.size(1), D = q.size(3), KV = k.size(1), S = k.size(2), heads = H / KV;
-  Tensor y = torch::stable::new_empty(q, {B, H, 1, D});
-  auto *qs = (const u16*)q.const_data_ptr(), *ks = (const u16*)k.const_data_ptr(), *vs = (const u16*)v.const_data_ptr();
-  auto* marks = (const bool*)seen.const_data_ptr();
-  auto* ys = (u16*)y.mutable_data_ptr();
-  int64_t kb = k.stride(0), kh = k.stride(1), vb = v.stride(0), vh = v.stride(1), row = seen.size(0) > 1 ? S : 0;
-  torch::stable::parallel_for(0, B * KV, 1, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> p;
-    for (int64_t i = begin; i < end; i++) {
-      int64_t b = i / KV, h = i % KV, at = (b * H + h * heads) * D;
-      read_group(qs + at, ks + b * kb + h * kh, vs + b * vb + h * vh, marks + b * row, heads, S, D, scale, p, ys + at);
-    }
-  });
-  return y;
-}
-
-STABLE_TORCH_LIBRARY(oneblock_rows, m) {
-  m.def("linear(Tensor x, Tensor[] w, Tensor[] bias) -> Tensor");
-  m.def("linear_coded(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] offsets, Tensor[] biases, int[] rows, int group) -> Tensor");
-  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor seen, float scale) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(oneblock_rows, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_coded", TORCH_BOX(&linear_coded));
-  m.impl("attend", TORCH_BOX(&attend));
 }

@@ -1,0 +1,25 @@
+// The operators of torch.ops.oneblock_rows. Compiled by build.py, in about three seconds.
+
+#include "attention.h"
+#include "between.h"
+#include "products.h"
+
+STABLE_TORCH_LIBRARY(oneblock_rows, m) {
+  m.def("linear(Tensor x, Tensor[] w, Tensor[] bias) -> Tensor");
+  m.def("linear_coded(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] offsets, Tensor[] biases, int[] rows, int group) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor seen, float scale) -> Tensor");
+  m.def("weigh(Tensor(a!) scores, int rows, float scale) -> ()");
+  m.def("norm(Tensor x, Tensor gain, Tensor? bias, float eps, float offset, bool centred, bool after) -> Tensor");
+  m.def("gate(Tensor(a!) x, Tensor? up, float a, float b) -> ()");
+  m.def("turned(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(oneblock_rows, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_coded", TORCH_BOX(&linear_coded));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("weigh", TORCH_BOX(&weigh));
+  m.impl("norm", TORCH_BOX(&norm));
+  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("turned", TORCH_BOX(&turned));
+}
