@@ -11,17 +11,17 @@ from contextlib import suppress
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 
-def reuse_memory() -> None:
+def reuse_memory(largest: int = 4 << 20) -> None:
     """Let the C library keep freed memory instead of giving it back: the next step, or layer, needs the same again.
 
     Memory that comes fresh from the system is cleared page by page, which cost half of a training step of GPT-2 on two
-    cores, and a twentieth of a long prompt's time. For commands, whose process is theirs. Large pieces still come and
-    go, on huge pages, so that little lies idle. With glibc; elsewhere nothing changes.
+    cores, and a twentieth of a long prompt's time. For commands, whose process is theirs. Pieces over `largest` bytes
+    (32 MB at most) still come and go, on huge pages, so that little lies idle. With glibc; elsewhere nothing changes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages, if it has not allocated yet
     if not sys.platform.startswith("linux"):
         return
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for name, value in ((MMAP_THRESHOLD, 4 << 20), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 64 << 20)):
+        for name, value in ((MMAP_THRESHOLD, largest), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 64 << 20)):
             mallopt(name, value)

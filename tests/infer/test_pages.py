@@ -57,6 +57,7 @@ def test_a_files_memory_is_let_go(tmp_path: Path) -> None:
     assert mapped(), "a short reply does not repay the copy"
     again = llm.generate([1, 2, 3], max_tokens=None, temperature=0, ignore_eos=True).ids
     assert again[:20] == first
-    llm.ready(1000)
+    assert mapped()
+    llm.generate([1, 2, 3], max_tokens=40, temperature=0, ignore_eos=True)  # a model that is used often repays it
     gc.collect()
     assert not mapped()

@@ -129,7 +129,7 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
     from oneblock.memory import reuse_memory
 
     if not loading.device.startswith("cuda"):
-        reuse_memory()
+        reuse_memory(32 << 20)
     llm = load(loading.model, loading.dtype, loading.device, ranks)
     llm.compile = loading.compile
     llm.cache_bits = loading.cache_bits

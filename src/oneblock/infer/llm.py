@@ -14,7 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.infer.constrain import Constraint, Grammar, Shapes
 from oneblock.infer.generate import Event, Request, Texts, check, events, room
 from oneblock.infer.longer import lengthen
-from oneblock.infer.pages import REPAYS, settle
+from oneblock.infer.pages import PROMPT, REPAYS, settle
 from oneblock.infer.parallel import split
 from oneblock.infer.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.infer.sample import Choices, Sampling
@@ -88,7 +88,7 @@ class LLM:
         self._layout = layout  # how the folder named and split its tensors
         self.compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: where it pays
         self._compiled: Compiled | None = None
-        self._settled = False  # whether the weights are in large pages
+        self._used, self._settled = 0.0, False  # tokens, and whether the weights are in large pages
         self.cache_bits: Literal[16, 8] = 16  # 8: keys and values take half the memory; 16: they are as the model is
         self.guesses = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
         self.draft: LLM | None = None  # who guesses; None: the text itself
@@ -220,6 +220,7 @@ class LLM:
         check(self.spec, prompts, request)
         longest = max(map(len, prompts), default=0)
         more = max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
+        self._used += sum(map(len, prompts)) / PROMPT
         return Texts(self.model, prompts, longest + more, self.ready(more), self.cache_bits == 8)
 
     def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[Event]:
@@ -262,7 +263,8 @@ class LLM:
 
     def ready(self, tokens: int) -> Compiled | None:
         """For so many tokens to come: the weights in large pages, and the step as one graph, where that is repaid."""
-        if tokens >= REPAYS and not self._settled:
+        self._used += tokens
+        if self._used >= REPAYS and not self._settled:
             settle(self.model)
             self._settled = True
         return self.compiled(tokens)

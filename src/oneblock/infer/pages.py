@@ -14,7 +14,8 @@ from oneblock.model import Decoder
 from oneblock.store.load import put
 
 LINE = 64  # bytes: each tensor begins at a multiple
-REPAYS = 100  # tokens to come from which the copy is repaid: it takes as long as some ten steps
+REPAYS = 100  # tokens, with those to come, from which the copy is repaid: it takes as long as some ten steps
+PROMPT = 64  # tokens of a prompt that gain as much as one that is written
 
 
 def settle(model: Decoder) -> None:

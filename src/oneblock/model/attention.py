@@ -139,8 +139,8 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, weigh: Callable[[Tensor, Tensor
         end = min(start + block, length)
         rows = q[:, :, start:end].reshape(batch * kv_heads, groups * (end - start), -1)
         y = torch.bmm(weigh(rows, k[:, : earlier + end], groups).type_as(v), v[:, : earlier + end])
-        parts.append(y.view(batch, kv_heads * groups, end - start, -1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        parts.append(y.view(batch, kv_heads * groups, end - start, -1).transpose(1, 2))
+    return torch.cat(parts, 1).transpose(1, 2)  # the heads of a token in a row, as the next product reads them
 
 
 def _weights(a: s.Attention, step: Step, q: Tensor, k: Tensor, groups: int) -> Tensor:
