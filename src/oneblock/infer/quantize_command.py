@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from oneblock.infer.quantize import Bits
 
 CONTEXT = 512  # tokens in a row of a text that calibrates or compares
-ROWS = 32  # of them
+CALIBRATED = 16_384  # tokens in all
+COMPARED, HELD = 8_192, 5e8  # tokens, and the log-probabilities that are held of them at most
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ def shrink(llm: LLM, bits: Bits, text: Path | None) -> None:
         return
     console = Console(stderr=True)
     with console.status("calibrating") as status:
-        calibrate(llm.model, bits, rows(llm, text), lambda n: status.update(f"layer {n} of {llm.spec.n_layers}"))
+        calibrate(
+            llm.model, bits, rows(llm, text, CALIBRATED), lambda n: status.update(f"layer {n} of {llm.spec.n_layers}")
+        )
 
 
-def rows(llm: LLM, path: Path, last: bool = False) -> Tensor:
-    """A text's first or last rows of ids, (B, T)."""
+def rows(llm: LLM, path: Path, most: float, last: bool = False) -> Tensor:
+    """A text's first or last rows of ids, (B, T), of so many tokens at most."""
     import torch
 
     if not path.is_file():
@@ -78,7 +81,7 @@ def rows(llm: LLM, path: Path, last: bool = False) -> Tensor:
     length = min(CONTEXT, llm.spec.context)
     if len(ids) < length:
         raise OneblockError(f"{path}: has {len(ids)} tokens; give a text of at least {length}")
-    count = min(len(ids) // length, ROWS)
+    count = max(int(min(len(ids), most) // length), 1)
     return torch.tensor(ids[-count * length :] if last else ids[: count * length]).view(count, length)
 
 
@@ -103,7 +106,7 @@ def compared(options: QuantizeOptions, text: Path) -> list[Quality]:
     from oneblock.infer.quantize import Bits
 
     plain = load(options.model, "bfloat16")
-    ids = rows(plain, text, last=True)[:8]
+    ids = rows(plain, text, min(COMPARED, HELD / plain.spec.vocab), last=True)
     expected = reference(plain.model, ids)
     found = [quality("bf16", plain.model, ids, expected)]
     del plain
@@ -119,12 +122,12 @@ def compared(options: QuantizeOptions, text: Path) -> list[Quality]:
 
 
 def table(found: list[Quality]) -> str:
-    lines = [f"{'':<28}{'MB':>9}{'tokens/s':>10}{'perplexity':>12}{'to bf16':>9}{'KL':>9}{'same top':>10}"]
+    lines = [f"{'':<28}{'MB':>9}{'tokens/s':>10}{'perplexity':>12}{'to bf16':>9}{'+-':>7}{'KL':>9}{'same top':>10}"]
     for q in found:
         more = q.perplexity / found[0].perplexity - 1
         lines.append(
-            f"{q.name:<28}{q.bytes / 1e6:>9,.1f}{q.speed:>10.1f}{q.perplexity:>12.4f}{more:>+9.2%}{q.divergence:>9.4f}"
-            f"{q.agreement:>10.1%}"
+            f"{q.name:<28}{q.bytes / 1e6:>9,.1f}{q.speed:>10.1f}{q.perplexity:>12.4f}{more:>+9.2%}{q.error:>7.2%}"
+            f"{q.divergence:>9.4f}{q.agreement:>10.1%}"
         )
     return "\n".join(lines)
 
