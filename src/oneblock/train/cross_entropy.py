@@ -16,7 +16,7 @@ from torch import Tensor
 from oneblock.model import Decoder
 from oneblock.plan.memory import LOSS_PART
 
-FAST = 4 << 20  # bytes of logits that are worked on at once on a CPU: they stay in its caches
+FAST = 2 << 20  # bytes of logits that are worked on at once on a CPU: they stay in its caches
 WORDS = 4096  # rows of the weight's gradient that are added to at once: what is added is never whole either
 
 
@@ -52,9 +52,10 @@ class Parts(torch.autograd.Function):
         cast = weight.to(x.dtype)
         total, entropy = (torch.zeros((), device=x.device) for _ in range(2))
         rows = max(1, LOSS_PART // (cast.shape[0] * (4 + x.element_size())))
+        room = x.new_empty(min(rows, len(x)), len(cast))  # for all parts: memory that comes fresh is slow
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            logits = torch.mm(x[part], cast.T)
+            logits = torch.mm(x[part], cast.T, out=room[: len(x[part])])
             if bias is not None:
                 logits += bias.to(x.dtype)
             found, wrong = backward_through_softmax(logits, targets[part], head)
@@ -75,9 +76,11 @@ class Gradients:
     """Sums of the gradients of x, weight and bias; those that nobody needs are None."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]):
-        self.rows = x
+        self.rows, self.begun = x, False
         self.x = torch.empty_like(x) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.weight = torch.empty_like(weight) if needed[1] else None
+        self.made = x.new_empty(WORDS, x.shape[1])  # in the products' dtype, and below in the weight's
+        self.wide = self.made if weight.dtype == x.dtype else self.made.to(weight.dtype)
         self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
 
     def add(self, part: slice, grad: Tensor, weight: Tensor) -> None:
@@ -87,7 +90,13 @@ class Gradients:
         if self.weight is not None:
             for start in range(0, len(weight), WORDS):
                 words = slice(start, start + WORDS)
-                self.weight[words] += torch.mm(grad[:, words].T, self.rows[part])
+                into = self.weight[words]
+                made = torch.mm(grad[:, words].T, self.rows[part], out=self.made[: len(into)])
+                if self.begun:
+                    into += made if self.wide is self.made else self.wide[: len(into)].copy_(made)
+                else:
+                    into.copy_(made)
+            self.begun = True
         if self.bias is not None:
             self.bias += grad.sum(0, dtype=self.bias.dtype)
 
@@ -106,6 +115,7 @@ def backward_through_softmax(logits: Tensor, targets: Tensor, head: Head) -> tup
 
 
 def one_softmax(logits: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """The two sums of a few rows; each number is raised to a power of e once."""
     y = logits.float()
     if head.scale != 1.0:
         y = y * head.scale
@@ -116,15 +126,14 @@ def one_softmax(logits: Tensor, targets: Tensor, head: Head) -> Tensor:
         y = y * head.softcap
     valid = (targets != head.ignore)[:, None]
     target = targets.clamp(min=0)[:, None]
-    log_sum = y.logsumexp(-1, keepdim=True)
-    entropy = ((log_sum - y.gather(-1, target)) * valid).sum()
+    chosen, largest = y.gather(-1, target), y.amax(-1, keepdim=True)
+    total = y.sub_(largest).exp_().sum(-1, keepdim=True)
+    log_sum = total.log() + largest
+    entropy = ((log_sum - chosen) * valid).sum()
     z = (log_sum.square() * valid).sum() * head.z_loss if head.z_loss else 0.0
     # d entropy / d y = softmax - one at the target; d z / d y = 2 z_loss log_sum softmax
-    grad = y.sub_(log_sum).exp_()
-    if head.z_loss:
-        grad = grad * (1 + 2 * head.z_loss * log_sum)
-    grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
-    if slope is not None:
-        grad = grad * slope
-    logits.copy_(grad.mul_(valid * head.scale))
+    share = valid * head.scale
+    grad = y.mul_(share * (1 + 2 * head.z_loss * log_sum) / total)
+    grad.scatter_add_(-1, target, -share.to(grad.dtype))
+    logits.copy_(grad if slope is None else grad.mul_(slope))
     return torch.stack((entropy + z, entropy))
