@@ -348,3 +348,27 @@ def test_the_command(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("--choices", "yes", "no") in ("yes", "no")
     assert "no/such.json: No such file" in run("--schema", "no/such.json")
     assert "give one of" in run("--regex", "a", "--choices", "b")
+
+
+# ------------------------------------------------------------------ guesses
+
+
+@pytest.mark.parametrize("by", ["text", "itself", "another"])
+def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
+    """The same greedy replies as without guesses, whatever is guessed; drawn ones are of the form and end with it."""
+    other = Decoder(oneblock.spec("llama", vocab=257, context=300, dim=32, n_layers=1, n_heads=2, hidden=48))
+    init_weights(other, 2)
+    drafts = {"text": None, "itself": LLM(llm.model), "another": LLM(other)}
+    guessing = LLM(llm.model, llm.tokenizer, generation=llm.generation)
+    guessing.guess(4, drafts[by])
+    for shape in ({"schema": PERSON}, *({"regex": regex} for regex in REGEXES), {"choices": CHOICES}, {"grammar": SUM}):
+        how = {"max_tokens": 200, **shape}
+        expected = llm.generate("aaaa ", temperature=0, **how)
+        found = guessing.generate("aaaa ", temperature=0, **how)
+        assert (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
+        if "regex" in shape:
+            for seed in range(10):
+                drawn = guessing.generate("aaaa ", seed=seed, **how)
+                assert drawn.finish_reason == "stop"
+                assert re.fullmatch(shape["regex"], drawn.text or "")
+    assert guessing.tally.kept <= guessing.tally.guessed

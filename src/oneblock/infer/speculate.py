@@ -10,16 +10,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError
-from oneblock.infer.generate import Event, Request, Texts, chosen_from, room
-from oneblock.infer.sample import Counts, Sampling, adjusted, distribution, draw
+from oneblock.infer.generate import Event, Request, Texts, chosen_from, context_limit, room
+from oneblock.infer.sample import Counts, Sampling, adjusted, distribution, draw, only
 from oneblock.infer.stop import Detokenizer, Reply
 from oneblock.model import Decoder
+
+if TYPE_CHECKING:
+    from oneblock.infer.constrain import Matchers
 
 LONGEST, SHORTEST = 4, 2  # tokens that must have occurred before for what followed them to be guessed
 
@@ -75,7 +78,8 @@ class Draft:
         self.luck = torch.Generator().manual_seed(seed % 2**63)
 
     def guess(self, text: Sequence[int], n: int) -> Guess:
-        n = min(n, room(self.model.spec, text, n) if len(text) < (self.model.spec.context or 0) else 0)
+        limit = context_limit(self.model.spec)
+        n = n if limit is None else max(min(n, limit - len(text)), 0)
         if self.texts is None:
             self.texts = Texts(self.model, [text], len(text) + n)
         else:
@@ -101,9 +105,13 @@ def check_alike(model: Decoder, draft: Decoder) -> None:
 # ------------------------------------------------------------------ checking
 
 
-def weighed(logits: Tensor, sampling: Sampling, counts: Counts | None) -> Tensor:
-    """The distribution (V,) that a token is drawn from; all of it on one token where the choice is greedy."""
+def weighed(logits: Tensor, sampling: Sampling, counts: Counts | None, allowed: Tensor | None = None) -> Tensor:
+    """The distribution (V,) that a token is drawn from; all of it on one token where the choice is greedy.
+
+    `allowed` (1, V): the ids that may be chosen at all.
+    """
     logits = adjusted(logits.float().view(1, -1), sampling, counts)
+    logits = logits if allowed is None else only(logits, allowed)
     if sampling.greedy:
         return torch.zeros_like(logits[0]).index_fill_(0, logits.argmax(-1), 1.0)
     return distribution(logits, sampling)[0]
@@ -135,12 +143,13 @@ class Speculation:
     length: int  # guesses at a time
     luck: torch.Generator
     counts: Counts | None
+    matchers: Matchers | None  # of the only row
     tally: Tally = field(default_factory=Tally)
 
-    def step(self, most: int) -> list[Event]:
+    def step(self, most: int) -> list[tuple[Event, bool]]:
         """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come.
 
-        The cache has no more than the row then.
+        With each whether nothing may follow it. The cache has no more than the row then.
         """
         texts, [row] = self.texts, self.texts.rows
         n = min(self.length, most - 1)
@@ -148,21 +157,24 @@ class Speculation:
         logits = texts.peek(guess.ids)
         if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
-        chosen: list[Event] = []
+        chosen: list[tuple[Event, bool]] = []
         for i in range(len(guess.ids) + 1):
             id, kept = self.settle(logits[i], guess, i)
-            chosen += chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)
+            [event] = chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)
             texts.append([id])
-            if not kept:
+            last = self.matchers is not None and self.matchers.push([id])[0]
+            chosen.append((event, last))
+            self.tally.kept += kept
+            if not kept or last or id in self.request.stop_ids:
                 break
         self.tally.guessed += len(guess.ids)
-        self.tally.kept += len(chosen) - 1
         texts.cache.rewind(len(row) - 1)  # the last of them is the model's own, and not yet fed
         return chosen
 
     def settle(self, logits: Tensor, guess: Guess, i: int) -> tuple[int, bool]:
         """The token after the first i guesses, and whether it is the next of them."""
-        p = weighed(logits, self.request.sampling, self.counts)
+        allowed = None if self.matchers is None else self.matchers.allowed()
+        p = weighed(logits, self.request.sampling, self.counts, allowed)
         if i == len(guess.ids):
             found = pick(p, self.luck), False
         else:
@@ -177,17 +189,16 @@ def speculated(
     texts: Texts, request: Request, detokenizer: Detokenizer | None, guesser: Guesser, length: int, tally: Tally
 ) -> Iterator[Event]:
     """`generate.events` for one text."""
-    if request.grammar is not None:
-        raise OneblockError("guesses and a grammar do not go together yet: leave out one of them")
     most = room(texts.model.spec, texts.rows[0], request.max_tokens)
     reply = Reply(detokenizer, most, request.stop_ids, request.stop)
     seed = request.seeds[0] if request.seeds else secrets.randbits(63)
     counts = Counts(texts.rows, texts.model.spec.vocab, texts.model.device) if request.sampling.counts else None
     luck = torch.Generator().manual_seed(seed % 2**63)
-    speculation = Speculation(texts, request, guesser, length, luck, counts, tally)
+    matchers = request.grammar.start(texts.rows, request.stop_ids) if request.grammar is not None else None
+    speculation = Speculation(texts, request, guesser, length, luck, counts, matchers, tally)
     while reply.finish is None:
-        for event in speculation.step(most):
+        for event, last in speculation.step(most):
             most -= 1
-            yield replace(event, row=0, text=reply.push(event.id), finish=reply.finish)
+            yield replace(event, row=0, text=reply.push(event.id, last), finish=reply.finish)
             if reply.finish is not None:
                 return
