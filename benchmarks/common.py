@@ -108,8 +108,11 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    if "model name" not in found:
+        return platform.machine()
+    generation = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return found["model name"] + generation  # the name of a virtual machine's does not tell the generation
 
 
 def report(rows: list[Row], args: argparse.Namespace, name: str) -> None:

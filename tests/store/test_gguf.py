@@ -56,6 +56,9 @@ SPECS = {
     "qwen2": FAMILIES["qwen2"](**GROUPED, window=None, rope=Rope(1e6)),
     "qwen2-yarn": FAMILIES["qwen2"](**GROUPED, window=None, rope=Rope(1e6, scaling=Yarn(4.0, 64, gain=yarn_gain(4.0)))),
     "qwen3": FAMILIES["qwen3"](**WIDE, tied=True),
+    "mixtral": FAMILIES["mixtral"](**WIDE, n_experts=5),
+    "mixtral-window": FAMILIES["mixtral"](**GROUPED, n_experts=4, top_k=1, window=9),
+    "qwen3_moe": FAMILIES["qwen3_moe"](**WIDE, hidden_expert=32, n_experts=6, top_k=3, renormalize=True, tied=True),
     "gemma": FAMILIES["gemma"](**WIDE),
     "gemma2": FAMILIES["gemma2"](**WIDE, query_scalar=16, window=9),
     "gemma3": FAMILIES["gemma3"](**(WIDE | {"n_layers": 7}), query_scalar=16, window=9),
@@ -485,6 +488,16 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "m.gguf").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """And one of experts."""
+    folder = tmp_path_factory.mktemp("mixed")
+    sizes = {"vocab": 64, "dim": 32, "n_heads": 2, "n_layers": 2, "head_dim": 16}
+    spec = FAMILIES["qwen3_moe"](**sizes, hidden_expert=32, n_experts=3, top_k=2, renormalize=True)
+    save_gguf(folder / "m.gguf", random_model(spec), None, "q4_0")
+    return (folder / "m.gguf").read_bytes()
+
+
 def refusal(path: Path, data: bytes) -> str:
     path.write_bytes(data)
     with pytest.raises(OneblockError) as error:
@@ -571,8 +584,11 @@ def test_messages_stay_short(tmp_path: Path) -> None:
             load_gguf(with_settings(tmp_path / "m.gguf", **more))
         assert len(str(error.value)) < 400
         assert "\n" not in str(error.value)
-    with pytest.raises(OneblockError, match="is a mixture of experts"):
+    with pytest.raises(OneblockError, match=r"llama\.expert_count is 8, and its tensors hold 0 experts"):
         load_gguf(with_settings(tmp_path / "m.gguf", llama__expert_count=8))
+    more = {"general__architecture": "gemma", "gemma__expert_count": 8}
+    with pytest.raises(OneblockError, match="is a mixture of experts of architecture 'gemma'"):
+        load_gguf(with_settings(tmp_path / "m.gguf", **more))
 
 
 def test_without_the_library() -> None:
@@ -627,10 +643,10 @@ def fuzz(whole: bytes, path: Path, count: int, seed: int) -> tuple[int, int]:
     return loaded, count - loaded
 
 
-def test_changed_files_load_or_are_refused(whole: bytes, other: bytes, tmp_path: Path) -> None:
-    count = int(os.environ.get("ONEBLOCK_FUZZ", "2000")) // 2
+def test_changed_files_load_or_are_refused(whole: bytes, other: bytes, mixed: bytes, tmp_path: Path) -> None:
+    count = int(os.environ.get("ONEBLOCK_FUZZ", "2400")) // 3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed, data in enumerate((whole, other)):
+    for seed, data in enumerate((whole, other, mixed)):
         loaded, refused = fuzz(data, tmp_path / "m.gguf", count, seed)
         assert min(loaded, refused) > count // 40
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
@@ -638,6 +654,6 @@ def test_changed_files_load_or_are_refused(whole: bytes, other: bytes, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_changed_files(whole: bytes, other: bytes, tmp_path: Path) -> None:
+def test_a_hundred_thousand_changed_files(whole: bytes, other: bytes, mixed: bytes, tmp_path: Path) -> None:
     for seed in range(100, 110):
-        fuzz(whole if seed % 2 else other, tmp_path / "m.gguf", 10_000, seed)
+        fuzz((whole, other, mixed)[seed % 3], tmp_path / "m.gguf", 10_000, seed)

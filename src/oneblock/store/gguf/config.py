@@ -13,13 +13,15 @@ from oneblock.spec import Spec
 from oneblock.store.config import family_of, write_config
 from oneblock.store.families.fields import sliding_kinds
 from oneblock.store.gguf import rope
-from oneblock.store.gguf.names import ARCHS, WRITTEN_AS, Arch
+from oneblock.store.gguf.names import ARCHS, COUNT, EXPERTS, WRITTEN_AS, Arch
 from oneblock.store.gguf.settings import Said, brief
+from oneblock.store.header import AGAIN
 from oneblock.store.rules import Family, Shape
 
 Raw = dict[str, Any]
 ARCH = "general.architecture"
-FILLED = ("attention.head_count_kv", "attention.key_length", "attention.sliding_window")  # what may be left out
+MIXED = (COUNT, *EXPERTS)
+FILLED = ("attention.head_count_kv", "attention.key_length", "attention.sliding_window", *MIXED)  # may be left out
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
@@ -35,9 +37,10 @@ def read_config(settings: Mapping[str, Any], shapes: Mapping[str, Shape], factor
     """The configuration of the class. `shapes`: of all tensors; `factors`: the rotation's divisors by their names."""
     name = architecture(settings)
     arch, said = ARCHS[name], Said(settings, name)
-    if said.get("expert_count"):
-        raise OneblockError("is a mixture of experts, which is not read from a GGUF: get the model's folder")
+    if said.get(COUNT):
+        _check_experts(said, arch, shapes)
     raw: Raw = {key: _value(said, setting) for setting, key in arch.keys.items() if _has(said, setting)}
+    raw |= arch.fixed
     width = said.whole("embedding_length") // said.whole("attention.head_count")
     if "attention.key_length" in arch.keys:
         raw.setdefault("head_dim", width)
@@ -50,13 +53,24 @@ def read_config(settings: Mapping[str, Any], shapes: Mapping[str, Shape], factor
         raw |= _windowed(said, arch, width, raw)
     if arch.rotates:
         raw |= rope.read(said, arch, raw, factors)
-    windowed = name == "llama" and raw.get("sliding_window")
-    return _named("mistral" if windowed else arch.model_type) | raw
+    kind = arch.model_type
+    if name == "llama":
+        kind = "mixtral" if said.get(COUNT) else "mistral" if raw.get("sliding_window") else kind
+    return _named(kind) | raw
+
+
+def _check_experts(said: Said, arch: Arch, shapes: Mapping[str, Shape]) -> None:
+    """Before a name is made for each: that there are as many, in an architecture that has them here."""
+    if COUNT not in arch.keys:
+        raise OneblockError(f"is a mixture of experts of architecture {said.arch!r}: get the model's folder")
+    count, stack = said.whole(COUNT), shapes.get("blk.0.ffn_up_exps.weight", (0,))
+    if stack[0] != count:
+        raise OneblockError(f"{said.arch}.{COUNT} is {count}, and its tensors hold {stack[0]} experts; {AGAIN}")
 
 
 def _has(said: Said, setting: str) -> bool:
     """Whether a setting counts: those that must be there do, absent or not."""
-    if setting == "attention.sliding_window" and said.get(setting) == 0:  # Phi-4's way of having none
+    if setting in ("attention.sliding_window", *MIXED) and said.get(setting) == 0:  # Phi-4's way of having none
         return False
     return said.get(setting) is not None or not (setting in FILLED or setting.endswith("softcapping"))
 
@@ -143,6 +157,7 @@ def _check_said(spec: Spec, config: Raw, settings: Raw, factors: dict[str, Tenso
     shapes: dict[str, Shape] = {"token_embd.weight": (spec.vocab, spec.dim)}
     shapes |= {} if spec.tied else {"output.weight": (spec.vocab, spec.dim)}
     shapes |= {tensor: (0,) for key, tensor in ARCHS[settings[ARCH]].flags.items() if config.get(key)}
+    shapes |= {"blk.0.ffn_up_exps.weight": (settings.get(f"{settings[ARCH]}.{COUNT}", 0),)}
     raw = read_config(settings, shapes, factors)
     back = family_of(raw).read(raw)
     if back == spec:

@@ -10,7 +10,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from torch import Tensor
 
 from oneblock.errors import OneblockError
-from oneblock.spec import Spec
+from oneblock.spec import Moe, Spec
 from oneblock.store.rules import Family, Part, Shape, Slot, slots
 
 SIZES = {
@@ -25,6 +25,8 @@ SIZES = {
 HEAD = {"attention.key_length": "head_dim"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
 CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+COUNT = "expert_count"
+EXPERTS = {"expert_used_count": "num_experts_per_tok"}
 GPT2 = {
     "block_count": "n_layer",
     "context_length": "n_positions",
@@ -47,26 +49,36 @@ class Arch:
     flags: Mapping[str, str] = field(default_factory=dict)  # key of config.json -> a tensor that is there if it is true
     every: int = 0  # each layer of this number sees all, the others a window
     wide: int = 0  # with this many layers, scores are scaled by dim / heads instead of by the head's width
+    fixed: Mapping[str, object] = field(default_factory=dict)  # of config.json: what llama.cpp takes for granted
 
 
 ARCHS = {
-    "llama": Arch("llama", SIZES | HEAD | WINDOW, pairs=True, flags=BIASES),
+    "llama": Arch("llama", SIZES | HEAD | WINDOW | EXPERTS | {COUNT: "num_local_experts"}, pairs=True, flags=BIASES),
     "qwen2": Arch("qwen2", SIZES | HEAD),
     "qwen3": Arch("qwen3", SIZES | HEAD),
+    "qwen3moe": Arch(
+        "qwen3_moe",
+        SIZES | HEAD | EXPERTS | {COUNT: "num_experts", "expert_feed_forward_length": "moe_intermediate_size"},
+        fixed={"norm_topk_prob": True},
+    ),
     "gemma": Arch("gemma", SIZES | HEAD),
     "gemma2": Arch("gemma2", SIZES | HEAD | WINDOW | CAPS, every=2, wide=46),
     "gemma3": Arch("gemma3_text", SIZES | HEAD | WINDOW | CAPS, every=6, wide=62),
     "phi3": Arch("phi3", SIZES | WINDOW),
     "gpt2": Arch("gpt2", GPT2, rotates=False),
 }
-WRITTEN_AS = {"llama": "llama", "mistral": "llama"} | {arch.model_type: name for name, arch in ARCHS.items()}
+WRITTEN_AS = dict.fromkeys(("llama", "mistral", "mixtral"), "llama")
+WRITTEN_AS |= {arch.model_type: name for name, arch in ARCHS.items()}
 # The rotation's divisors, which are settings in all but their place.
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of a file: its shape, which of ours it holds row after row, and how its numbers differ."""
+    """One tensor of a file: its shape, which of ours it holds row after row, and how its numbers differ.
+
+    The rows of a stack of experts are those of all, one expert after another.
+    """
 
     shape: Shape
     parts: tuple[Part, ...]
@@ -88,6 +100,7 @@ def places(name: str, family: Family, spec: Spec, shapes: Mapping[str, Shape]) -
         raise OneblockError("the model has parameters that are not the spec's: merge or remove what was added")
     found: dict[str, Place] = {}
     for disk, slot in known.items():
+        disk = disk.replace(f".experts.{slot.expert}.", ".experts.")  # a stack is one tensor
         own = names.get_name(disk, try_suffixes=(".weight", ".bias"))
         if own is None:
             raise OneblockError(f"architecture {name!r} of GGUF has no place for {disk}: this model cannot be one")
@@ -96,7 +109,11 @@ def places(name: str, family: Family, spec: Spec, shapes: Mapping[str, Shape]) -
 
 
 def _place(name: str, slot: Slot, spec: Spec, arch: Arch) -> Place:
-    assert slot.groups == 1 and slot.expert is None, "none of these architectures weaves its rows"
+    assert slot.groups == 1, "none of these architectures weaves its rows"
+    if slot.expert is not None:
+        count = next(layer.mlp.n_experts for layer in spec.layers if isinstance(layer.mlp, Moe))
+        [part] = slot.parts
+        return Place((count, *slot.shape), (Part(part.name, 0, count * part.size),))
     attn, heads = spec.layers[0].attn, 0
     if arch.pairs and ".attn_q." in name:
         heads = attn.n_heads

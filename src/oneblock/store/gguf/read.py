@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,19 +156,24 @@ def fill(entry: Entry, place: Place, ours: Mapping[str, Tensor]) -> None:
             low, high = max(first, part.start), min(last, part.start + part.size)
             if low < high:
                 where = slice(low - part.start, high - part.start) if order is None else order[low:high]
-                target = ours[part.name]
+                target = rows_of(ours[part.name])
                 target[where] = rows[low - first : high - first].to(target.device, target.dtype)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A stack of matrices as the rows of all."""
+    return x.flatten(0, 1) if x.dim() == 3 else x
 
 
 def slabs(entry: Entry) -> Iterator[tuple[int, Tensor]]:
     """The numbers of a tensor as (first row, rows); a vector is one number a row."""
     columns = entry.shape[-1]
-    shape = (1, columns) if len(entry.shape) == 1 else entry.shape
+    count = math.prod(entry.shape[:-1])
     row_bytes, step = size(entry.dtype, columns), max(1, SLAB // columns)
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
-        for first in range(0, shape[0], step):
-            data = np.empty((min(step, shape[0] - first), row_bytes), np.uint8)
+        for first in range(0, count, step):
+            data = np.empty((min(step, count - first), row_bytes), np.uint8)
             _read_into(file, data, entry)
             rows = decode(data, entry.dtype)
             yield first, rows[0] if len(entry.shape) == 1 else rows

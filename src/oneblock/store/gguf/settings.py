@@ -12,7 +12,7 @@ from oneblock.errors import OneblockError
 
 # Above any model's, and low enough that no product of them takes memory or time before it is found to be wrong.
 LIMITS = {"block_count": 1 << 12, "attention.head_count": 1 << 16, "attention.head_count_kv": 1 << 16}
-LIMITS |= {"attention.key_length": 1 << 16, "rope.dimension_count": 1 << 16}
+LIMITS |= {"expert_count": 1 << 12, "attention.key_length": 1 << 16, "rope.dimension_count": 1 << 16}
 LIMIT = 1 << 24
 
 

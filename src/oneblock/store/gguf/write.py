@@ -17,7 +17,7 @@ from oneblock.store.folder import replacing_file
 from oneblock.store.gguf.blocks import PLAIN, WRITTEN, encode, fits, size
 from oneblock.store.gguf.config import write_settings
 from oneblock.store.gguf.names import Place, places
-from oneblock.store.gguf.read import SLAB
+from oneblock.store.gguf.read import SLAB, rows_of
 from oneblock.store.gguf.vocabulary import write_tokenizer
 from oneblock.store.load import Checkpoint, parameter_shapes
 from oneblock.store.tensors import CODES
@@ -69,7 +69,7 @@ def _kind(model: Decoder, type: str | None) -> str:
 
 def stored_as(name: str, shape: tuple[int, ...], kind: str) -> str:
     """The type of one tensor in a file of a type."""
-    if len(shape) == 1 or name.startswith("position_embd"):
+    if len(shape) == 1 or name.startswith("position_embd") or ".ffn_gate_inp." in name:  # the router
         return "F32"
     if kind == "Q4_0" and name in VOCABULARY:  # a tenth of the file, and most of the loss
         kind = "Q8_0"
@@ -131,7 +131,7 @@ def _slabs(place: Place, ours: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """The rows of a tensor as the file has them; a vector is one piece."""
     order = place.order()
     for part in place.parts:
-        own = ours[part.name]
+        own = rows_of(ours[part.name])
         step = part.size if own.dim() == 1 else max(1, SLAB // place.shape[-1])
         for first in range(0, part.size, step):
             where = slice(first, first + step) if order is None else order[first : first + step].to(own.device)
