@@ -370,5 +370,5 @@ def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
             for seed in range(10):
                 drawn = guessing.generate("aaaa ", seed=seed, **how)
                 assert drawn.finish_reason == "stop"
-                assert re.fullmatch(shape["regex"], drawn.text or "")
+                assert re.fullmatch(str(shape["regex"]), drawn.text or "")
     assert guessing.tally.kept <= guessing.tally.guessed
