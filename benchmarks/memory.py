@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from oneblock.spec import Spec, spec
 from oneblock.train.machine import peak_memory, product_dtype
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
+if TYPE_CHECKING:
+    from oneblock.train.world import World
+
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 
 
@@ -33,6 +36,7 @@ class Case:
     batch: int
     context: int
     recompute: Any = "none"
+    mesh: str = ""  # of ranks on this machine
 
     @property
     def spec(self) -> Spec:
@@ -40,46 +44,67 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {params.total(self.spec) / 1e6:.0f}M, {self.batch} x {self.context}" + (
-            f", recompute {self.recompute}" if self.recompute != "none" else ""
+        return (
+            f"{self.model}, {params.total(self.spec) / 1e6:.0f}M, {self.batch} x {self.context}"
+            + (f", recompute {self.recompute}" if self.recompute != "none" else "")
+            + (f", each of {self.mesh}" if self.mesh else "")
         )
 
 
 MIXTURE = {"n_layers": 4, "vocab": 16_000, "dim": 768, "hidden": 2048, "n_heads": 12, "n_kv_heads": 4}
+LLAMA = {"n_layers": 3, "vocab": 32_000}
 CASES = {
     "gpt2": Case("gpt2", {}, 4, 512),
     "gpt2-full": Case("gpt2", {}, 8, 512, "full"),
     "gpt2-selective": Case("gpt2", {}, 4, 512, "selective"),
-    "llama": Case("llama-3.2-1b", {"n_layers": 3, "vocab": 32_000}, 2, 512),
+    "llama": Case("llama-3.2-1b", LLAMA, 2, 512),
     "gemma3": Case("gemma-3-270m", {"n_layers": 6}, 2, 512),
     "qwen3": Case("qwen3-0.6b", {"n_layers": 6, "vocab": 32_000}, 4, 256),
     "pythia": Case("pythia-160m", {}, 2, 1024),
     "mixtral": Case("mixtral-8x7b", MIXTURE, 2, 512),
+    "llama-dp": Case("llama-3.2-1b", LLAMA, 4, 512, mesh="dp=2"),
+    "llama-fsdp": Case("llama-3.2-1b", LLAMA, 4, 512, mesh="fsdp=2"),
+    "llama-tp": Case("llama-3.2-1b", LLAMA, 2, 512, mesh="tp=2"),
+    "llama-cp": Case("llama-3.2-1b", LLAMA, 2, 1024, mesh="cp=2"),
+    "mixtral-ep": Case("mixtral-8x7b", MIXTURE, 4, 512, mesh="ep=2"),
 }
 SERVED = ("gpt2", "llama", "gemma3", "qwen3", "pythia", "mixtral")
 
 
 def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
-    """Bytes planned and measured of three training steps."""
+    """Bytes planned and measured of three training steps; of several ranks, those of the one that has most."""
+    from oneblock.train.world import together
+
+    with together(case.mesh, str(device)) as world:
+        before = settled(device)
+        steps(case, device, world)
+        held = torch.tensor(float(peak_memory(device) - before))
+        if world.size > 1:
+            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+    mesh, dtype = world.mesh, str(product_dtype(Loop(device=str(device)))).removeprefix("torch.")
+    over = memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep)
+    setup = memory.Setup(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=over)
+    return memory.training(case.spec, case.context, case.batch // world.data_ranks, setup).total, int(held)
+
+
+def steps(case: Case, device: torch.device, world: World) -> None:
     from oneblock.data.rows import Batch
+    from oneblock.train import parallel
     from oneblock.train.assemble import learner_for
     from oneblock.train.loop import Engine, start
-    from oneblock.train.world import World
 
-    loop = Loop(batch=case.batch, recompute=case.recompute, device=str(device), compile="off")
-    before = settled(device)
+    loop, rows = Loop(recompute=case.recompute, device=str(device), compile="off"), case.batch // world.data_ranks
     model = Decoder(case.spec)
     init_weights(model, 0)
-    state = start(model.to(device), Optimizer())
-    ids = torch.randint(model.spec.vocab, (case.batch, case.context + 1))
-    data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), case.batch * case.context)
-    learner = learner_for(model, loop, Objective(), None, World())
-    engine = Engine(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
+    model = model.to(device)
+    parallel.apply(model, world)
+    state = start(model, Optimizer())
+    ids = torch.randint(model.spec.vocab, (rows, case.context + 1))
+    data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * case.context)
+    learner = parallel.wrap(learner_for(model, loop, Objective(), None, world), world)
+    engine = Engine(learner, lambda n: data, loop, Optimizer(), Schedule(), world)
     for _ in range(3):
         engine.update(state)
-    dtype = str(product_dtype(loop)).removeprefix("torch.")
-    setup = memory.Setup(dtype, case.recompute, cpu=device.type == "cpu")
-    return memory.training(case.spec, case.context, case.batch, setup).total, peak_memory(device) - before
 
 
 def serve_peak(case: Case, device: torch.device) -> tuple[int, int]:
@@ -108,8 +133,10 @@ def settled(device: torch.device) -> int:
 
 
 def measured(name: str, kind: str, device: str) -> tuple[int, int]:
-    argv = [sys.executable, __file__, "--case", name, "--kind", kind, "--device", device]
-    planned, found = json.loads(subprocess.check_output(argv, text=True))
+    argv, ranks = [__file__, "--case", name, "--kind", kind, "--device", device], 2 if CASES[name].mesh else 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    lines = subprocess.check_output([sys.executable, *torchrun, *argv], text=True).splitlines()
+    planned, found = json.loads(lines[-1])
     return planned, found
 
 

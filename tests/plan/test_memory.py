@@ -73,6 +73,28 @@ def test_a_step_needs_the_loss_or_the_gradients():
     assert cpu.total == held + round(memory.HOLES * cpu.gradients) + memory.KERNELS
 
 
+def test_ranks_that_share_a_model_hold_less():
+    """Measured beside the plan on two ranks in docs/memory.md."""
+    llama = spec("llama-3.1-8b")
+
+    def shared(**over: int) -> memory.Training:
+        return memory.training(llama, 8192, 1, Setup(recompute="full", over=memory.Over(**over)))
+
+    alone, most = shared(), 80e9
+    assert alone.total > most > shared(fsdp=8).total > alone.total / 8
+    assert shared(fsdp=8).states == alone.states // 8
+    assert shared(cp=4).states == alone.states
+    assert shared(cp=4).activations == alone.activations // 4
+    blocks = alone.weights - memory.gathered_at_ends(llama)
+    norms = 4 * 2 * llama.dim * llama.n_layers
+    assert shared(tp=4).weights == memory.gathered_at_ends(llama) + norms + (blocks - norms) // 4
+    assert shared(tp=4).activations < 0.5 * alone.activations
+    mixtral = spec("mixtral-8x7b")
+    experts = mixtral.n_layers * 8 * params.mlp(mixtral.layers[0].mlp.expert, mixtral.dim)
+    part = params.total(memory.Over(ep=8).part(mixtral))
+    assert part == params.total(mixtral) - experts * 7 // 8 - mixtral.n_layers * 7 * mixtral.dim  # and routers
+
+
 def test_the_loss_does_not_grow_with_the_text():
     gpt2 = spec("gpt2")
     grown = memory.training(gpt2, 1024, 64).loss - memory.training(gpt2, 1024, 32).loss

@@ -128,7 +128,10 @@ def test_too_little_memory_is_refused_with_what_fits(options: Train, job: Job) -
 def test_ranks_share_the_rows(options: Train, job: Job) -> None:
     four = World(mesh=Mesh(dp=4))
     alone, shared = estimate(job, options), estimate(job, options, four)
-    assert shared.memory == need(job, options, 3, "none", World())
+    alike = need(job, options, 3, "none", World())
+    assert shared.memory == replace(alike, accumulate=True, again=shared.memory.again)  # what gathers them is kept
+    parts = World(mesh=Mesh(fsdp=2, tp=2))
+    assert need(job, options, 12, "none", parts).states < 0.4 * need(job, options, 12, "none", World()).states
     assert shared.run.seconds == pytest.approx(alone.run.seconds / 4)
     assert "for each device" in shared.lines(options.loop)
     assert largest(job, options, shared.memory.total, "none", four) == 12

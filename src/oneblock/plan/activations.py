@@ -36,6 +36,7 @@ class Kept:
     size: int = 2  # bytes of a number in products
     context: int = 2048
     cpu: bool = False  # RMSNorm is one kernel on GPUs; on CPUs it is several, which keep one vector more
+    tp: int = 1  # ranks that have a piece of every row each, but in products
 
 
 def activations(spec: Spec, kept: Kept, recompute: Recompute = "none") -> int:
@@ -44,10 +45,10 @@ def activations(spec: Spec, kept: Kept, recompute: Recompute = "none") -> int:
     Recomputing in full keeps each layer's input, selectively that and its products; all of one layer comes back.
     """
     layers = [layer(x, spec, kept) for x in spec.layers]
-    ends = spec.final_norm * norm(spec.norm, spec.dim, kept) + spec.dim * kept.size
+    ends = (spec.final_norm * norm(spec.norm, spec.dim, kept) + spec.dim * kept.size) // kept.tp
     if recompute == "none":
         return ends + sum(layers)
-    inputs = len(layers) * spec.dim * WIDE
+    inputs = len(layers) * spec.dim * WIDE // kept.tp
     products = sum(layer_products(x, spec.dim) for x in spec.layers) * kept.size if recompute == "selective" else 0
     return ends + inputs + products + max(layers)
 
@@ -56,7 +57,7 @@ def layer(x: Layer, spec: Spec, kept: Kept) -> int:
     """Bytes per token that one layer keeps."""
     on_stream, on_answers = NORMS[x.residual]
     inputs = 1 if x.residual == "parallel" else 2  # what the first products of the sublayers read
-    norms = (on_stream + on_answers) * norm(spec.norm, spec.dim, kept)
+    norms = (on_stream + on_answers) * norm(spec.norm, spec.dim, kept) // kept.tp
     gates = 2 * x.gated * spec.dim * kept.size
     return norms + gates + inputs * spec.dim * kept.size + attention(x.attn, spec.norm, kept) + mlp(x.mlp, spec, kept)
 

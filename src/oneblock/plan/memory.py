@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from oneblock.errors import OneblockError
 from oneblock.plan import params
 from oneblock.plan.activations import Kept, Recompute, activations
 from oneblock.plan.cache import kv_bytes
-from oneblock.spec import Attention, Mlp, Moe, Spec
+from oneblock.spec import Attention, Layer, Mlp, Moe, Spec
 
 # Bytes per weight. int8: a 16-bit scale for 32 weights; int4 likewise (the layout of llama.cpp's q8_0 and q4_0).
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0625, "int4": 0.5625}
@@ -44,15 +44,38 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Over:
+    """Ranks that share one model, by how they do (docs/parallel.md): what each then holds is less."""
+
+    fsdp: int = 1  # every tensor is kept in so many parts, and whole while it is used
+    tp: int = 1  # heads and the MLP's width, and between them the tokens
+    cp: int = 1  # the tokens of a row
+    ep: int = 1  # experts
+
+    def part(self, spec: Spec) -> Spec:
+        """The model of which one rank has all."""
+
+        def layer(x: Layer) -> Layer:
+            heads, kv_heads = x.attn.n_heads // self.tp, x.attn.n_kv_heads // self.tp
+            attn = replace(x.attn, n_heads=max(heads, 1), n_kv_heads=max(kv_heads, 1))
+            if isinstance(x.mlp, Moe):
+                return replace(x, attn=attn, mlp=replace(x.mlp, n_experts=max(x.mlp.n_experts // self.ep, 1)))
+            return replace(x, attn=attn, mlp=replace(x.mlp, hidden=max(x.mlp.hidden // self.tp, 1)))
+
+        return spec if self.tp == self.ep == 1 else replace(spec, pattern=tuple(map(layer, spec.pattern)))
+
+
+@dataclass(frozen=True)
 class Setup:
     """How a model is trained: what decides about memory beside its Spec."""
 
     dtype: str = "bfloat16"  # of the products; weights, gradients and sums are fp32
     recompute: Recompute = "none"
     optimizer: str = "adamw"  # or muon, adamw8bit
-    accumulate: bool = False  # gradients of earlier batches are there while the next is worked through
+    accumulate: bool = False  # gradients of earlier batches, or their memory, are there in the next forward pass
     ema: bool = False
     cpu: bool = False
+    over: Over = Over()
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,7 @@ class Training:
     loss: int  # what the loss needs beside the gradient of the vocabulary's matrix
     head: int  # the gradient of that matrix, which comes first
     again: int  # the embedding's own gradient, where it has to be added to one that is there
+    gathered: int = 0  # of tensors kept in parts: those that are whole at the same time
     accumulate: bool = False
     cpu: bool = False
 
@@ -81,7 +105,13 @@ class Training:
         before = self.gradients if self.accumulate else 0
         in_loss = before + self.copies + self.activations + self.head + self.loss
         passing = max(in_loss, self.gradients + self.again)
-        return self.weights + self.optimizer + passing + (round(HOLES * self.gradients) + KERNELS if self.cpu else 0)
+        return (
+            self.weights
+            + self.gathered
+            + self.optimizer
+            + passing
+            + (round(HOLES * self.gradients) + KERNELS if self.cpu else 0)
+        )
 
 
 def serving(
@@ -116,27 +146,40 @@ def _mlp_width(m: Mlp | Moe) -> int:
 
 
 def training(spec: Spec, context: int, batch: int = 1, setup: Setup = Setup()) -> Training:
-    """One device holds it all and sees `batch` texts of `context` tokens at a time. States: 16 bytes a parameter.
+    """One device, which sees `batch` texts of `context` tokens at a time. States: 16 bytes a parameter it keeps.
 
     4 for the weight, 4 for its gradient, 8 for AdamW's moments, all fp32 (as arXiv:1910.02054, section 3.1, counts
     them for 16-bit weights with a copy in fp32: here the 16-bit ones are the copies, and live for a part of the step).
     """
-    size, count, tokens = compute_bytes(setup.dtype), params.total(spec), batch * context
-    head = spec.vocab * spec.dim
+    over, size = setup.over, compute_bytes(setup.dtype)
+    spec, tokens = over.part(spec), batch * context // over.cp
+    count, head = params.total(spec), spec.vocab * spec.dim
     in_products = count - (spec.vocab + spec.embed_extra) * spec.dim * (1 if spec.tied else 2)
-    kept = Kept(size, context, setup.cpu)
+    kept = Kept(size, context, setup.cpu, over.tp)
+    again = 4 * head * (1 + setup.accumulate) if spec.tied or setup.accumulate else 0
     return Training(
-        weights=4 * count,
-        gradients=4 * count,
-        optimizer=optimizer_bytes(spec, setup.optimizer) + 4 * count * setup.ema,
+        weights=4 * count // over.fsdp,
+        gradients=4 * count // over.fsdp,
+        optimizer=(optimizer_bytes(spec, setup.optimizer) + 4 * count * setup.ema) // over.fsdp,
         copies=in_products * size if size == 2 else 0,
         activations=tokens * activations(spec, kept, setup.recompute),
-        loss=loss_bytes(spec, tokens, size, setup.cpu),
+        loss=loss_bytes(spec, tokens // over.tp, size, setup.cpu),
         head=4 * head,
-        again=4 * head * (1 + setup.accumulate) if spec.tied or setup.accumulate else 0,
+        again=again + (gathered_at_ends(spec) if over.fsdp > 1 else 0),
+        gathered=gathered_at_ends(spec) + 3 * largest_block(spec) if over.fsdp > 1 else 0,
         accumulate=setup.accumulate,
         cpu=setup.cpu,
     )
+
+
+def largest_block(spec: Spec) -> int:
+    """Of its weights, or of their gradients, in fp32: one block is whole while the next comes, and its gradient."""
+    return 4 * max(params.layer(x, spec.dim, spec.norm).total() for x in spec.layers)
+
+
+def gathered_at_ends(spec: Spec) -> int:
+    """Of what is outside the blocks, which stays whole from the forward pass to the end of the backward pass."""
+    return 4 * (params.total(spec) - sum(params.layer(x, spec.dim, spec.norm).total() for x in spec.layers))
 
 
 def optimizer_bytes(spec: Spec, optimizer: str) -> int:

@@ -98,9 +98,10 @@ def need(job: Job, options: Train, batch: int, recompute: Recompute, world: Worl
         dtype=str(product_dtype(loop)).removeprefix("torch."),
         recompute=recompute,
         optimizer=optimizer.optimizer,
-        accumulate=loop.accumulate > 1,
+        accumulate=loop.accumulate > 1 or world.copies,  # DistributedDataParallel keeps its buckets
         ema=bool(optimizer.ema),
         cpu=torch.device(loop.device).type == "cpu",
+        over=memory.Over(world.mesh.fsdp, world.mesh.tp, world.mesh.cp, world.mesh.ep),
     )
     return memory.training(job.spec, job.context, -(-batch // world.data_ranks), setup)
 
