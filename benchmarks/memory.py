@@ -66,6 +66,7 @@ CASES = {
     "llama-fsdp": Case("llama-3.2-1b", LLAMA, 4, 512, mesh="fsdp=2"),
     "llama-tp": Case("llama-3.2-1b", LLAMA, 2, 512, mesh="tp=2"),
     "llama-cp": Case("llama-3.2-1b", LLAMA, 2, 1024, mesh="cp=2"),
+    "llama-pp": Case("llama-3.2-1b", LLAMA | {"n_layers": 4}, 2, 512, mesh="pp=2"),
     "mixtral-ep": Case("mixtral-8x7b", MIXTURE, 4, 512, mesh="ep=2"),
 }
 SERVED = ("gpt2", "llama", "gemma3", "qwen3", "pythia", "mixtral")
@@ -82,7 +83,7 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
         if world.size > 1:
             torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
     mesh, dtype = world.mesh, str(product_dtype(Loop(device=str(device)))).removeprefix("torch.")
-    over = memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep)
+    over = memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep, mesh.pp)
     setup = memory.Setup(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=over)
     return memory.training(case.spec, case.context, case.batch // world.data_ranks, setup).total, int(held)
 

@@ -66,7 +66,7 @@ def held_out(world: World, state: State) -> float:
 
 
 def weights(state: State) -> dict[str, torch.Tensor]:
-    return {name: whole(p.detach(), True).contiguous() for name, p in state.model.named_parameters()}
+    return {name: whole(p, True).contiguous() for name, p in state.model.named_parameters()}
 
 
 def main(folder: Path, schemes: list[list[str]]) -> None:

@@ -29,8 +29,10 @@ from oneblock.train.world import World
 
 TWO = [["dp=2", "llama"], ["fsdp=2", "gemma3"], ["tp=2", "llama"], ["cp=2", "gemma3"], ["ep=2", "mixtral"]]
 TWO += [["fsdp=2", "mixtral"], ["dp=2", "mixtral"], ["tp=2", "gemma3"], ["tp=2", "gpt2"], ["tp=2", "phi"]]
+TWO += [["pp=2", "llama"], ["pp=2", "gpt2"], ["pp=2", "gemma3"]]
 FOUR = [["dp=4", "gpt2"], ["dp=2 fsdp=2", "llama"], ["dp=2 tp=2", "llama"], ["fsdp=2 tp=2", "llama"]]
 FOUR += [["dp=2 cp=2", "llama"], ["dp=2 ep=2", "mixtral"], ["fsdp=2 cp=2", "llama"], ["cp=2 tp=2", "llama"]]
+FOUR += [["pp=2 dp=2", "llama"], ["pp=2 dp=2", "gpt2"]]
 
 
 def port() -> int:
@@ -103,6 +105,9 @@ def test_what_many_saved_one_can_load(mesh: str, family: str, ran: Path) -> None
 def test_meshes() -> None:
     assert parse_mesh("dp=8 tp=4, cp=2", 64) == Mesh(dp=8, tp=4, cp=2)
     assert parse_mesh("", 3) == Mesh(dp=3)
+    assert parse_mesh("dp=2 pp=4", 8) == Mesh(pp=4, dp=2)
+    assert [World(rank, Mesh(pp=2, dp=2)).data_rank for rank in range(4)] == [0, 1, 0, 1]
+    assert [World(rank, Mesh(pp=2, dp=2)).judges for rank in range(4)] == [False, False, True, True]
     assert str(Mesh(dp=8, tp=4)) == "dp=8 tp=4"
     places = [World(rank, Mesh(dp=2, fsdp=2, tp=2)).data_rank for rank in range(8)]
     assert places == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -112,7 +117,7 @@ def test_meshes() -> None:
     ("text", "ranks", "said"),
     [
         ("dp=3", 2, "is for 3 ranks, and there are 2"),
-        ("dpp=2", 2, "no 'dpp': did you mean dp"),
+        ("fsdpp=2", 2, "no 'fsdpp': did you mean fsdp"),
         ("dp=2 dp=1", 2, "once"),
         ("dp=two", 2, "whole number"),
         ("dp=0", 2, "whole number"),
@@ -135,6 +140,9 @@ def test_bad_meshes(text: str, ranks: int, said: str) -> None:
         (Mesh(tp=2), "olmo2", Train(), "norms over all heads"),
         (Mesh(tp=2), "mixtral", Train(), "does not split experts"),
         (Mesh(fsdp=2), "llama", Train(optimizer=Optimizer("muon")), "muon needs whole tensors"),
+        (Mesh(pp=2, tp=2), "llama", Train(), "pp goes with dp alone"),
+        (Mesh(pp=3), "llama", Train(), "pp = 3 stages for 2 layers"),
+        (Mesh(pp=2), "mixtral", Train(), "pp does not pass on what experts"),
     ],
 )
 def test_what_cannot_be_shared(mesh: Mesh, family: str, options: Train, said: str) -> None:
@@ -146,7 +154,7 @@ def test_what_cannot_be_shared(mesh: Mesh, family: str, options: Train, said: st
 
 # ------------------------------------------------------------------ the command
 
-TINY = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "16", "--batch", "4", "--dtype", "float32"]
+TINY = ["--dim", "16", "--n-layers", "2", "--n-heads", "2", "--context", "16", "--batch", "4", "--dtype", "float32"]
 QUICK = [*TINY, "--log-every", "1", "--warmup", "2", "--no-tensorboard", "--sample-tokens", "4", "--eval-every", "0"]
 
 
@@ -166,7 +174,7 @@ def series(run: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("mesh", ["", "fsdp=2"])
+@pytest.mark.parametrize("mesh", ["", "fsdp=2", "pp=2"])
 def test_the_command_on_two_ranks(mesh: str, text: Path, tmp_path: Path) -> None:
     """A run on two ranks, stopped and resumed, is the run on one."""
     flags = ["--data", str(text), *QUICK, "--save-every", "3"]

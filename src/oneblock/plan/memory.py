@@ -51,6 +51,7 @@ class Over:
     tp: int = 1  # heads and the MLP's width, and between them the tokens
     cp: int = 1  # the tokens of a row
     ep: int = 1  # experts
+    pp: int = 1  # layers
 
     def part(self, spec: Spec) -> Spec:
         """The model of which one rank has all."""
@@ -62,6 +63,7 @@ class Over:
                 return replace(x, attn=attn, mlp=replace(x.mlp, n_experts=max(x.mlp.n_experts // self.ep, 1)))
             return replace(x, attn=attn, mlp=replace(x.mlp, hidden=max(x.mlp.hidden // self.tp, 1)))
 
+        spec = replace(spec, n_layers=-(-spec.n_layers // self.pp))
         return spec if self.tp == self.ep == 1 else replace(spec, pattern=tuple(map(layer, spec.pattern)))
 
 

@@ -35,6 +35,7 @@ from oneblock.store.manifest import verify
 from oneblock.store.save import model_files, write_config_files, write_file
 from oneblock.text import Tokenizer
 from oneblock.train.loop import State
+from oneblock.train.pipeline import Elsewhere
 
 PROGRESS, LATEST = "training.json", "latest"
 
@@ -174,12 +175,12 @@ class Share:
             f"optimizer-{rank + 1:05}-of-{ranks:05}.safetensors" if ranks > 1 else "optimizer.safetensors"
         )
         for i, (name, p) in enumerate(state.model.named_parameters()):
-            weight = whole(p.detach(), copy)
+            weight, writer = whole(p, copy), getattr(p, "kept_by", i % ranks)
             if name in wanted:
                 self.weights[name] = weight
             for key, x in moments(state, name, p):
                 x = whole(x, copy)
-                if i % ranks == rank:
+                if writer == rank:
                     self.optimizer[f"{key}.{name}"] = x.contiguous()
 
     def write(self, folder: Path) -> list[str]:
@@ -196,8 +197,15 @@ class Share:
 
 
 def whole(x: Tensor, copy: bool) -> Tensor:
-    """The tensor on the CPU with all of its shards; a copy that nobody writes to, where that is asked for."""
-    full = x.full_tensor() if isinstance(x, DTensor) else x
+    """The tensor on the CPU with all of its shards; a copy that nobody writes to, where that is asked for.
+
+    Collective for shards, and for a pipeline's parameters.
+    """
+    full = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
+    if hasattr(x, "kept_by"):
+        full = torch.empty_like(full, memory_format=torch.contiguous_format).copy_(full)
+        dist.broadcast(full, x.kept_by)  # type: ignore[attr-defined]
+        return full.cpu()
     here = full.cpu()
     return here.clone() if copy and here.data_ptr() == x.data_ptr() else here
 
@@ -270,6 +278,8 @@ def restore(folder: Path, state: State) -> Progress:
         prime(state)
     weights = dict(load_model(folder, dtype=torch.float32).model.named_parameters())
     for name, p in state.model.named_parameters():
+        if isinstance(p, Elsewhere):
+            continue
         # Copied rather than taken: pages of a file lie elsewhere in memory, and sums may round differently there
         fill(p, weights[name].detach())
         for key, x in moments(state, name, p):

@@ -93,7 +93,7 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
 
 def need(job: Job, options: Train, batch: int, recompute: Recompute, world: World) -> memory.Training:
     """Memory of one device for micro-batches of `batch` rows on all ranks together."""
-    loop, optimizer = options.loop, options.optimizer
+    loop, optimizer, mesh = options.loop, options.optimizer, world.mesh
     setup = memory.Setup(
         dtype=str(product_dtype(loop)).removeprefix("torch."),
         recompute=recompute,
@@ -101,7 +101,7 @@ def need(job: Job, options: Train, batch: int, recompute: Recompute, world: Worl
         accumulate=loop.accumulate > 1 or world.copies,  # DistributedDataParallel keeps its buckets
         ema=bool(optimizer.ema),
         cpu=torch.device(loop.device).type == "cpu",
-        over=memory.Over(world.mesh.fsdp, world.mesh.tp, world.mesh.cp, world.mesh.ep),
+        over=memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep, mesh.pp),
     )
     return memory.training(job.spec, job.context, -(-batch // world.data_ranks), setup)
 

@@ -66,7 +66,8 @@ class Learner(nn.Module):
 
 
 def start(model: Decoder, options: Optimizer) -> State:
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if options.ema else None
+    learned = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    ema = {name: p.detach().clone() for name, p in learned} if options.ema else None
     return State(model, optim.build(model, options), ema)
 
 
@@ -158,7 +159,8 @@ class Engine:
             after(good)
         if state.ema is not None:
             average(state.ema, state.model, self.optimizer.ema, good)
-        tokens = int(count) if device.type == "cpu" else sum(part.count for part in parts) * self.world.data_ranks
+        told = device.type == "cpu" or self.world.mesh.pp > 1
+        tokens = int(count) if told else sum(part.count for part in parts) * self.world.data_ranks
         return Made(seen.pop("loss"), norm, good, tokens, numbers, seen)
 
     def after(self) -> Callable[[Tensor], None] | None:

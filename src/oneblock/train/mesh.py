@@ -14,6 +14,7 @@ from oneblock.errors import OneblockError
 class Mesh:
     """Ranks along each way of sharing; their product is the number of ranks. The last lie nearest to each other."""
 
+    pp: int = 1  # runs of blocks, through which rows pass (arXiv:1811.06965)
     dp: int = 1  # copies of the model, each with its own rows
     ep: int = 1  # rows are shared as by dp, and experts are kept by one rank each
     cp: int = 1  # parts of a row

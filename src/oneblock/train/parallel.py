@@ -6,6 +6,7 @@ tp    torch's tensor parallel: DTensor weights of attention and MLP (arXiv:1909.
       each rank has a piece of every row (arXiv:2205.05198)
 cp    rows in parts, keys and values gathered (as Llama 3 does, arXiv:2407.21783, section 3.3.2)
 ep    experts on different ranks, tokens sent to them (arXiv:2006.16668)
+pp    blocks on different ranks, rows passed through them (arXiv:1811.06965): train/pipeline.py
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from oneblock.errors import OneblockError
 from oneblock.model import Decoder
 from oneblock.model.mlp import Moe
 from oneblock.spec import Spec
+from oneblock.train import pipeline
 from oneblock.train.experts import ShardedExperts
 from oneblock.train.loop import Learner
 from oneblock.train.mesh import Mesh
@@ -44,6 +46,8 @@ def check(spec: Spec, context: int, options: Train, mesh: Mesh) -> None:
         raise OneblockError("cp and --documents do not go together yet: leave one of them out")
     if mesh.size > 1 and options.optimizer.optimizer != "adamw" and (mesh.fsdp > 1 or mesh.tp > 1 or mesh.ep > 1):
         raise OneblockError(f"--optimizer {options.optimizer.optimizer} needs whole tensors: use dp or cp, or adamw")
+    if mesh.pp > 1:
+        pipeline.check(spec, mesh)
     check_layers(spec, mesh)
 
 
@@ -74,6 +78,8 @@ def check_layers(spec: Spec, mesh: Mesh) -> None:
 def apply(model: Decoder, world: World) -> None:
     """Lay a model over the ranks, before an optimizer is made for it."""
     mesh = world.mesh
+    if mesh.pp > 1:
+        pipeline.cut(model, world)
     if mesh.tp > 1:
         for block in model.blocks:
             split_matrices(block, world)
@@ -101,10 +107,15 @@ def wrap(learner: Learner, world: World) -> nn.Module:
     """What exchanges gradients while the backward pass is under way; experts keep theirs."""
     if not world.copies:
         return learner
-    apart = [name for name, p in learner.named_parameters() if isinstance(p, DTensor)]
+    apart = [name for name, p in learner.named_parameters() if isinstance(p, DTensor | pipeline.Elsewhere)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, apart)
     skips = any(layer.attn.cross for layer in learner.model.spec.layers)  # cross-attention, where there is no image
-    return DistributedDataParallel(learner, gradient_as_bucket_view=True, find_unused_parameters=skips)
+    return DistributedDataParallel(
+        learner,
+        process_group=world.groups["dp"] if world.mesh.pp > 1 else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=skips,
+    )
 
 
 def settle(model: nn.Module) -> None:

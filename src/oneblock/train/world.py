@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from oneblock.data.rows import IGNORE, Batch
+from oneblock.model import Decoder
 from oneblock.ranks import joined, started
 from oneblock.train.mesh import KEYS, Mesh, parse_mesh
 
@@ -58,7 +59,7 @@ class World:
     def sharded(self) -> DeviceMesh:
         """(replicas, shards, tp): what FSDP and tensor parallel lay their tensors over. Collective."""
         mesh = self.mesh
-        ranks = torch.arange(self.size).view(mesh.dp * mesh.ep * mesh.cp, mesh.fsdp, mesh.tp)
+        ranks = torch.arange(self.size).view(mesh.pp * mesh.dp * mesh.ep * mesh.cp, mesh.fsdp, mesh.tp)
         return DeviceMesh(self.device, ranks, mesh_dim_names=("replicas", "shards", "tp"))
 
     @cached_property
@@ -70,6 +71,8 @@ class World:
             "ep": ("ep",),
             "cp": ("cp",),
             "tp": ("tp",),
+            "pp": ("pp",),
+            "dp": ("dp",),
         }
         return {name: self._group(ranks, keys) for name, keys in wanted.items()}
 
@@ -93,12 +96,17 @@ class World:
     @property
     def averaged(self) -> int:
         """Over how many ranks the backward pass averages gradients: those that have the same part of the weights."""
-        return self.size // self.mesh.tp
+        return self.size // (self.mesh.tp * self.mesh.pp)
 
     @property
     def copies(self) -> bool:
         """Whether weights are copies of each other but for experts: DistributedDataParallel then serves them best."""
-        return self.size > 1 and self.mesh.fsdp == self.mesh.tp == 1
+        return self.averaged > 1 and self.mesh.fsdp == self.mesh.tp == 1
+
+    @property
+    def judges(self) -> bool:
+        """Whether it has the targets: of a pipeline, the last stage."""
+        return self.place["pp"] == self.mesh.pp - 1
 
     def split(self, batch: Batch) -> Batch:
         """This process's part of the rows it reads.
@@ -108,7 +116,7 @@ class World:
         """
         mesh = self.mesh
         if mesh.cp == mesh.tp == 1:
-            return batch
+            return batch if self.judges else without_targets(batch)
         batch = lengthened(batch, (2 * mesh.cp if mesh.cp > 1 else 1) * mesh.tp)
         if mesh.cp > 1:
             mine = zigzag(batch.ids.shape[1], self.place["cp"], mesh.cp)
@@ -139,7 +147,7 @@ class World:
     @property
     def whole(self) -> bool:
         """Whether every rank has all of the weights."""
-        return self.mesh.fsdp == self.mesh.tp == self.mesh.ep == 1
+        return self.mesh.fsdp == self.mesh.tp == self.mesh.ep == self.mesh.pp == 1
 
     def agree(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
@@ -162,8 +170,12 @@ class World:
         return nullcontext()
 
     @torch.no_grad()
-    def exchange(self, model: nn.Module) -> None:
+    def exchange(self, model: Decoder) -> None:
         """Add up gradients over ranks, where the backward pass has not done so."""
+        if self.mesh.pp > 1 and model.spec.tied:  # the first stage has its gradient as embedding, the last as head
+            p = model.embed.weight
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(grad, group=self.groups["pp"])
         for p in model.parameters() if self.mesh.ep * self.mesh.tp > 1 else ():
             if p.grad is None:
                 continue
@@ -177,6 +189,8 @@ class World:
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients so that their norm, over all shards, is at most `limit`; the norm they had."""
         found = [p for p in parameters if p.grad is not None]
+        if self.mesh.pp > 1:
+            return self._clip_stages(found, limit)
         if self.size == 1:
             return torch.nn.utils.clip_grad_norm_(found, limit, foreach=True)
         alike: dict[object, list[nn.Parameter]] = {}
@@ -190,6 +204,15 @@ class World:
         whole = torch.stack(norms).norm()
         for part in alike.values():
             torch.nn.utils.clip_grads_with_norm_(part, limit, whole)
+        return whole
+
+    def _clip_stages(self, found: list[nn.Parameter], limit: float) -> Tensor:
+        """The same for stages of a pipeline; a matrix that two of them have counts once."""
+        own = [p.grad for p in found if p.grad is not None and not p.again]  # type: ignore[attr-defined]
+        squares = torch.nn.utils.get_total_norm(own).square()
+        dist.all_reduce(squares, group=self.groups["pp"])
+        whole = squares.sqrt()
+        torch.nn.utils.clip_grads_with_norm_(found, limit, whole)
         return whole
 
 
