@@ -21,11 +21,8 @@ from oneblock.model.norm import Norm
 from oneblock.model.step import Step
 
 CURVE = 2 * (2 / math.pi) ** 0.5
-SIGMOIDS = {
-    "silu": (1.0, 0.0),
-    "quick_gelu": (1.702, 0.0),
-    "gelu_tanh": (CURVE, CURVE * 0.044715),
-}  # x sigmoid(a x + b x^3)
+# Activations that are x sigmoid(a x + b x^3): their a and b
+SIGMOIDS = {"silu": (1.0, 0.0), "quick_gelu": (1.702, 0.0), "gelu_tanh": (CURVE, CURVE * 0.044715)}
 
 
 class Project:
@@ -46,7 +43,7 @@ class Inner:
     """`Mlp.inner` as one product and one operator."""
 
     def __init__(self, mlp: Mlp):
-        self.mlp, self.inner = mlp, mlp.inner
+        self.mlp = mlp
         self.curve = SIGMOIDS.get(mlp.spec.act) if mlp.spec.limit is None and not mlp.spec.up_offset else None
 
     def __call__(self, x: Tensor) -> Tensor:

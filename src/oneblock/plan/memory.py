@@ -107,13 +107,8 @@ class Training:
         before = self.gradients if self.accumulate else 0
         in_loss = before + self.copies + self.activations + self.head + self.loss
         passing = max(in_loss, self.gradients + self.again)
-        return (
-            self.weights
-            + self.gathered
-            + self.optimizer
-            + passing
-            + (round(HOLES * self.gradients) + KERNELS if self.cpu else 0)
-        )
+        heap = round(HOLES * self.gradients) + KERNELS if self.cpu else 0
+        return self.weights + self.gathered + self.optimizer + passing + heap
 
 
 def serving(
