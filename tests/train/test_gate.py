@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.plan import flops, params
 from oneblock.spec import spec
 from oneblock.text.train import byte_level
-from oneblock.train import gate
+from oneblock.train import gate, machine
 from oneblock.train.gate import check, estimate, largest, named, need, peak_of, verdict
 from oneblock.train.mesh import Mesh
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
@@ -183,3 +184,9 @@ def test_the_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = peak_of(loop)
     monkeypatch.setattr(gate, "peak_flops", lambda *args: pytest.fail("measured again"))
     assert peak_of(loop) == first > 1e8
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = machine.total_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.total_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)  # others come and go

@@ -58,9 +58,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that a run can have: of the GPU, or what the system has free now."""
+    """Bytes that a process of a run can have: of its GPU, or of what the system has free now for all that run here."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return _free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun tells it
+
+
+def _free_memory() -> int:
     with suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             line = next(line for line in file if line.startswith("MemAvailable"))
