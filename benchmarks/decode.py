@@ -79,9 +79,9 @@ def make(folder: Path, name: str, llama: bool) -> None:
 def ours(folder: Path, compile: str) -> Run:
     """As `oneblock generate` has it."""
     import oneblock
-    from oneblock.memory import reuse_memory
+    from oneblock.memory import MOST, reuse_memory
 
-    reuse_memory(32 << 20)
+    reuse_memory(MOST)
     llm = oneblock.load(folder)
     llm.compile = compile  # type: ignore[assignment]
 

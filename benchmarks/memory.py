@@ -20,6 +20,7 @@ from oneblock.memory import reuse_memory
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import memory, params
 from oneblock.spec import Spec, spec
+from oneblock.train.gate import over
 from oneblock.train.machine import peak_memory, product_dtype
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
@@ -82,9 +83,8 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
         held = torch.tensor(float(peak_memory(device) - before))
         if world.size > 1:
             torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-    mesh, dtype = world.mesh, str(product_dtype(Loop(device=str(device)))).removeprefix("torch.")
-    over = memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep, mesh.pp)
-    setup = memory.Setup(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=over)
+    dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), over(world.mesh)
+    setup = memory.Setup(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=parts)
     return memory.training(case.spec, case.context, case.batch // world.data_ranks, setup).total, int(held)
 
 

@@ -126,10 +126,10 @@ def read(path: Path) -> str:
 
 def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
     from oneblock.infer.llm import load
-    from oneblock.memory import reuse_memory
+    from oneblock.memory import MOST, reuse_memory
 
     if not loading.device.startswith("cuda"):
-        reuse_memory(32 << 20)
+        reuse_memory(MOST)
     llm = load(loading.model, loading.dtype, loading.device, ranks)
     llm.compile = loading.compile
     llm.cache_bits = loading.cache_bits

@@ -16,6 +16,7 @@ from oneblock.plan.activations import Recompute
 from oneblock.plan.training import GPUS, Gpu, Run, run
 from oneblock.train import sinks
 from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total_memory, use_device
+from oneblock.train.mesh import Mesh
 from oneblock.train.optim import batches_before
 from oneblock.train.options import Loop, Train
 from oneblock.train.prepare import Job
@@ -93,7 +94,7 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
 
 def need(job: Job, options: Train, batch: int, recompute: Recompute, world: World) -> memory.Training:
     """Memory of one device for micro-batches of `batch` rows on all ranks together."""
-    loop, optimizer, mesh = options.loop, options.optimizer, world.mesh
+    loop, optimizer = options.loop, options.optimizer
     setup = memory.Setup(
         dtype=str(product_dtype(loop)).removeprefix("torch."),
         recompute=recompute,
@@ -101,9 +102,14 @@ def need(job: Job, options: Train, batch: int, recompute: Recompute, world: Worl
         accumulate=loop.accumulate > 1 or world.copies,  # DistributedDataParallel keeps its buckets
         ema=bool(optimizer.ema),
         cpu=torch.device(loop.device).type == "cpu",
-        over=memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep, mesh.pp),
+        over=over(world.mesh),
     )
     return memory.training(job.spec, job.context, -(-batch // world.data_ranks), setup)
+
+
+def over(mesh: Mesh) -> memory.Over:
+    """The mesh as far as it makes less of what a rank holds."""
+    return memory.Over(mesh.fsdp, mesh.tp, mesh.cp, mesh.ep, mesh.pp)
 
 
 def checkpoint_bytes(job: Job, options: Train) -> int:
