@@ -1,8 +1,6 @@
 """`python -m oneblock`: the same as the command `oneblock`."""
 
-import sys
-
-from oneblock.cli import main
+from oneblock.cli import end
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end()

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from oneblock.errors import OneblockError
 
@@ -51,6 +51,16 @@ def load(name: str) -> tuple[Any, type]:
     module, _, function = COMMANDS[name].target.partition(":")
     run = getattr(importlib.import_module(module), function)
     return run, next(iter(get_type_hints(run).values()))
+
+
+def end() -> NoReturn:
+    """Run one command and end the process with its code; one of several ranks that failed, at once (ranks.joined)."""
+    code = main()
+    if code and "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,12 @@ def started() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, or this process alone. What a lost rank does to the others is one line."""
+    """The ranks that torchrun has started, or this process alone. What a lost rank does to the others is one line.
+
+    After a failure the groups stay: to take one apart with sums under way can hang, since it waits for gloo's threads
+    with Python's lock in hand, and they want that lock to be done with a sum. So a rank that failed must end without
+    Python's own end, which takes everything apart (cli.end).
+    """
     if started() == 1:
         yield Ranks()
         return
@@ -46,13 +51,11 @@ def joined(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, size)
         leave(store, rank, size)
+        dist.destroy_process_group()
     except (RuntimeError, dist.DistError) as e:
         if isinstance(e, OneblockError):
             raise
         raise OneblockError(f"rank {rank} of {size} lost the others or failed: {str(e).strip().splitlines()[0]}") from e
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def leave(store: Any, rank: int, size: int) -> None:
