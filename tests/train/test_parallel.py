@@ -191,22 +191,35 @@ def test_the_command_on_two_ranks(mesh: str, text: Path, tmp_path: Path) -> None
     assert main(["generate", str(two / "latest"), "--prompt", "7 times", "--max-tokens", "3"]) == 0
 
 
+def lose(text: Path, folder: Path) -> str:
+    """What rank 0 says last when the other is killed in the midst of a run."""
+    folder.mkdir()
+    run = folder / "run"
+    argv = command("--data", str(text), *QUICK, "--steps", "100000", "--save-every", "0", "--out", str(run))
+    first, second = processes = start(argv, 2, folder / "log")
+    try:
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+            assert first.poll() is None, (folder / "log0").read_text()
+            time.sleep(0.05)
+        second.send_signal(signal.SIGKILL)
+        assert first.wait(timeout=60) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return (folder / "log0").read_text().splitlines()[-1]
+
+
 def test_a_lost_rank_ends_the_run(text: Path, tmp_path: Path) -> None:
-    argv = command(
-        "--data", str(text), *QUICK, "--steps", "100000", "--save-every", "0", "--out", str(tmp_path / "run")
-    )
-    first, second = start(argv, 2, tmp_path / "log")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert first.poll() is None, (tmp_path / "log0").read_text()
-        time.sleep(0.05)
-    second.send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    assert first.wait(timeout=60) == 1
-    assert time.monotonic() - began < 60
-    assert second.wait() == -signal.SIGKILL
-    error = (tmp_path / "log0").read_text().splitlines()[-1]
-    assert error.startswith("error: rank 0 of 2 lost the others"), error
+    assert lose(text, tmp_path / "once").startswith("error: rank 0 of 2 lost the others")
+
+
+@pytest.mark.slow
+def test_lost_ranks_always_end_the_run(text: Path, tmp_path: Path) -> None:
+    """Torch's groups, taken apart at the wrong moment, hung one time in ten."""
+    for i in range(60):
+        assert lose(text, tmp_path / str(i)).startswith("error: rank 0 of 2 lost the others")
 
 
 def test_a_mesh_for_another_number_of_ranks(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
