@@ -62,7 +62,7 @@ def test_products_of_codes(rows: int, n_in: int, n_out: int, group: int) -> None
     torch.manual_seed(0)
     layer = Coded(n_out, n_in, group, torch.randn(n_out).bfloat16())
     weight = torch.randn(n_out, n_in)
-    layer.fill(*(in_4_bits(weight, group) if group else (*in_8_bits(weight), None)))
+    layer.fill(*(in_4_bits(weight, group) if group else in_8_bits(weight)))
     x = torch.randn(rows, n_in).bfloat16()
     assert layer.bias is not None
     expected = F.linear(x.float(), layer.rows(), layer.bias.float())

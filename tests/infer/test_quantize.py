@@ -14,7 +14,7 @@ import oneblock
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.calibrate import calibrate, corrected
-from oneblock.infer.codes import in_4_bits, in_8_bits, packed, unpacked
+from oneblock.infer.codes import Ranges, in_4_bits, in_8_bits, packed, unpacked
 from oneblock.infer.linears import Coded, Float8
 from oneblock.infer.llm import LLM
 from oneblock.infer.quantize import Bits, CodedExperts, nearest, quantize
@@ -45,7 +45,7 @@ def test_codes_are_near() -> None:
     torch.manual_seed(0)
     weight = torch.randn(40, 128)
     eight = Coded(40, 128, 0)
-    eight.fill(*in_8_bits(weight), None)
+    eight.fill(*in_8_bits(weight))
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((eight.rows() - weight).abs() <= step * 0.5001).all()
     errors = []
@@ -57,15 +57,47 @@ def test_codes_are_near() -> None:
     assert errors[0] < errors[1] < errors[2] < 0.12
 
 
+WEIGHTS = {
+    "as they come": lambda w: w,
+    "tiny": lambda w: w * 1e-9,
+    "rows of all sizes": lambda w: w * torch.logspace(-4, 4, 32)[:, None],
+    "a column far larger": lambda w: w * torch.where(torch.arange(256) == 7, 50.0, 1.0),
+    "above zero": lambda w: w.abs() + 2,
+    "below zero": lambda w: -w.abs() - 2,
+    "nothing": torch.zeros_like,
+}
+
+
+def exact(weight: torch.Tensor, shrink: float) -> torch.Tensor:
+    """The error of each group of 64 when its range is held in full."""
+    groups = weight.unflatten(1, (-1, 64))
+    low, high = (x[..., None] * shrink for x in (groups.amin(-1), groups.amax(-1)))
+    step = ((high - low) / 15).clamp(min=1e-30)
+    return (((groups - low) / step).round().clamp(0, 15) * step + low - groups).square().sum(-1)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_ranges_lose_little_in_8_bits(kind: str) -> None:
+    """Beside the loss of 4 bits whose ranges are held in full."""
+    torch.manual_seed(0)
+    weight = WEIGHTS[kind](torch.randn(32, 256))
+    codes, found = in_4_bits(weight, 64)
+    wrong = (found.numbers(codes.unflatten(1, (-1, 64))).flatten(1) - weight).norm()
+    best = torch.stack([exact(weight, shrink) for shrink in torch.linspace(1, 0.64, 10).tolist()]).amin(0)
+    assert wrong <= (1.7 if kind == "below zero" else 1.03) * best.sum().sqrt()  # such groups' codes reach up to zero
+    for whole in (codes, found.factor, found.zero):
+        assert torch.equal(whole, whole.to(torch.uint8).float())
+
+
 def test_calibrated_codes_are_nearer_where_it_counts() -> None:
     """On inputs that are not all alike, the products are closer though the weights are not."""
     torch.manual_seed(0)
     x = torch.randn(500, 128) @ torch.randn(128, 128) * torch.rand(128) ** 3
     weight = torch.randn(50, 128)
 
-    def product(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    def product(codes: torch.Tensor, found: Ranges) -> torch.Tensor:
         layer = Coded(50, 128, 64)
-        layer.fill(codes, scale, offset)
+        layer.fill(codes, found)
         return x @ layer.rows().T
 
     def wrong(y: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from oneblock.infer.codes import in_4_bits
+from oneblock.infer.codes import Ranges, in_4_bits, scale_of
 from oneblock.infer.linears import Coded
 from oneblock.infer.quantize import Bits, Codes, Fill, nearest, replace, share_head
 from oneblock.model import Decoder
@@ -16,6 +16,7 @@ from oneblock.model.step import Step
 
 DAMP = 0.01  # of the mean of the diagonal, added to it: the paper's
 ROWS = 4  # texts at a time
+ROOM = 1.1  # for what later columns take over
 
 
 @torch.no_grad()
@@ -76,24 +77,25 @@ def filler(sums: dict[str, Tensor]) -> Fill:
     return fill
 
 
-def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (N, K), scales and offsets (N, K / group): what a column loses by rounding the later ones take over."""
+def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, Ranges]:
+    """Codes (N, K) and what they stand for: what a column loses by rounding the later ones take over."""
     left, upper = weight.float().clone(), inverse_root(products)
-    codes, scales, offsets = torch.empty_like(left, dtype=torch.uint8), [], []
+    scale, codes, found = scale_of(left, group, ROOM), torch.empty_like(left), []
     for start in range(0, left.shape[1], group):
         end = start + group
         here, root = left[:, start:end], upper[start:end, start:end]
-        _, scale, offset = in_4_bits(here, group, products.diagonal()[start:end])
+        _, ranges = in_4_bits(here, group, products.diagonal()[start:end], scale)
         wrong = torch.empty_like(here)
         for j in range(group):
-            code = ((here[:, j] - offset[:, 0]) / scale[:, 0]).round().clamp(0, 15)
-            wrong[:, j] = (here[:, j] - code * scale[:, 0] - offset[:, 0]) / root[j, j]
+            column = here[:, j, None, None]
+            code = ranges.codes(column)
+            wrong[:, j] = (column - ranges.numbers(code))[:, 0, 0] / root[j, j]
             here[:, j:] -= wrong[:, j, None] * root[j, j:]
-            codes[:, start + j] = code.to(torch.uint8)
+            codes[:, start + j] = code[:, 0, 0]
         left[:, end:] -= wrong @ upper[start:end, end:]
-        scales.append(scale)
-        offsets.append(offset)
-    return codes, torch.cat(scales, 1), torch.cat(offsets, 1)
+        found.append(ranges)
+    factor, zero = (torch.cat([getattr(ranges, name) for ranges in found], 1) for name in ("factor", "zero"))
+    return codes, Ranges(scale, factor, zero)
 
 
 def inverse_root(products: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Weights in 8 and 4 bits: how numbers become codes, and how codes lie in memory.
 
-8 bits: w = scale * (code - 128), a scale (fp32) for each row. 4 bits: w = scale * code + offset, both fp16 and one for
-each group of a row. Shapes: N rows (out), K columns (in), G columns in a group. Rows lie in tiles of 16, as the
-kernels read them: codes (N / 16, K / 4 or K / 8, 16, 4) bytes, scales and offsets (N / 16, K / G, 16).
+8 bits: w = scale * (code - 128), a scale (fp32) for each row. 4 bits: w = scale * factor * (code - (zero - 128) / 8),
+where each group of a row has a factor and a zero, 8 bits each: scales of scales, as in QLoRA (arXiv:2305.14314) and
+llama.cpp's K-quants. Shapes: N rows (out), K columns (in), G columns in a group. Rows lie in tiles of 16, as the
+kernels read them: codes (N / 16, K / 4 or K / 8, 16, 4) bytes, groups (N / 16, K / G, 2, 16), scales (N / 16, 16).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +34,10 @@ def unpacked(rows: Tensor, bits: int) -> Tensor:
     return torch.stack((rows & 15, rows >> 4), 2).flatten(1)
 
 
-def tiled(scale: Tensor) -> Tensor:
-    """(N, groups) to tiles of 16 rows."""
-    scale = F.pad(scale, (0, 0, 0, -len(scale) % TILE))
-    return scale.view(-1, TILE, scale.shape[1]).transpose(1, 2)
+def tiled(rows: Tensor) -> Tensor:
+    """(N, ..) to tiles (N / 16, .., 16); missing rows are zeros."""
+    more = rows.new_zeros(-len(rows) % TILE, *rows.shape[1:])
+    return torch.cat((rows, more)).unflatten(0, (-1, TILE)).movedim(1, -1)
 
 
 # ------------------------------------------------------------------ which codes
@@ -54,32 +57,66 @@ def in_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).to(torch.float8_e4m3fn), scale
 
 
-def in_4_bits(weight: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (N, K), scales and offsets (N, K / group): of ten ranges tried, the one with the least squared error.
+@dataclass(frozen=True)
+class Ranges:
+    """What 4-bit codes stand for: scale (N, 1), and factor and zero (N, groups), whole numbers of 8 bits, as floats."""
 
-    `importance` (K,) weighs the columns: how large their activations are.
-    """
+    scale: Tensor
+    factor: Tensor
+    zero: Tensor
+
+    @property
+    def step(self) -> Tensor:
+        """From one code to the next, (N, groups)."""
+        return self.scale * self.factor
+
+    @property
+    def lowest(self) -> Tensor:
+        """The number of code 0, in steps, (N, groups)."""
+        return (128 - self.zero) / 8
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The nearest ones of weights (N, groups, G)."""
+        return (weight / self.step[..., None] - self.lowest[..., None]).round().clamp(0, 15)
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """(N, groups, G) as numbers again."""
+        return (codes + self.lowest[..., None]) * self.step[..., None]
+
+
+def scale_of(weight: Tensor, group: int, room: float = 1.0) -> Tensor:
+    """Scales (N, 1) of rows in 4 bits: the widest group's factor is the largest, with `room` for wider ones to come."""
     groups = weight.float().unflatten(1, (-1, group))
-    weigh = None if importance is None else importance.float().view(1, -1, group)
+    widest = steps(groups.amin(-1), groups.amax(-1)).amax(1, keepdim=True)
+    return widest.clamp(min=1e-30) * room / 255
+
+
+def steps(low: Tensor, high: Tensor) -> Tensor:
+    """From code to code, so that 16 codes span the range and zero is near enough for its 8 bits."""
+    return torch.maximum((high - low) / 15, low.abs() / 15.875)
+
+
+def ranges(scale: Tensor, low: Tensor, high: Tensor) -> Ranges:
+    """Of groups that lie between low and high, (N, groups)."""
+    factor = (steps(low, high) / scale).round().clamp(1, 255)
+    zero = 128 - (8 * low / (scale * factor)).round()
+    return Ranges(scale, factor, zero.clamp(0, 255))
+
+
+def in_4_bits(
+    weight: Tensor, group: int, importance: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Ranges]:
+    """Codes (N, K) and what they stand for: of ten ranges tried, the one with the least squared error.
+
+    `importance` (K,) weighs the columns: how large their activations are. `scale` (N, 1), if the rows have theirs.
+    """
+    scale = scale_of(weight, group) if scale is None else scale
+    groups = weight.float().unflatten(1, (-1, group))
+    weigh = 1.0 if importance is None else importance.float().view(1, -1, group)
     low, high = groups.amin(-1), groups.amax(-1)
-    best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for shrink in torch.linspace(1.0, 0.64, 10).tolist():
-        found = rounded(groups, low * shrink, high * shrink, weigh)
-        if best is None:
-            best = found
-        else:
-            better = found[3] < best[3]
-            kept = zip(found, best, strict=True)
-            best = tuple(torch.where(better[..., None] if a.dim() == 3 else better, a, b) for a, b in kept)  # type: ignore[assignment]
-    assert best is not None
-    return best[0].flatten(1), best[1], best[2]
-
-
-def rounded(groups: Tensor, low: Tensor, high: Tensor, weigh: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scale, offset and squared error of each group for one range."""
-    scale = ((high - low) / 15).clamp(min=1e-7).half().float()
-    offset = low.half().float()
-    codes = ((groups - offset[..., None]) / scale[..., None]).round().clamp(0, 15)
-    wrong = (codes * scale[..., None] + offset[..., None] - groups).square()
-    error = (wrong if weigh is None else wrong * weigh).sum(-1)
-    return codes.to(torch.uint8), scale, offset, error
+    tried = [ranges(scale, low * shrink, high * shrink) for shrink in torch.linspace(1.0, 0.64, 10).tolist()]
+    wrong = torch.stack([((r.numbers(r.codes(groups)) - groups).square() * weigh).sum(-1) for r in tried])
+    best = wrong.argmin(0, keepdim=True)
+    factor, zero = (torch.stack([getattr(r, name) for r in tried]).gather(0, best)[0] for name in ("factor", "zero"))
+    found = Ranges(scale, factor, zero)
+    return found.codes(groups).flatten(1), found

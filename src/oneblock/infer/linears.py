@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneblock.infer.codes import TILE, in_float8, packed, tiled, unpacked
+from oneblock.infer.codes import TILE, Ranges, in_float8, packed, tiled, unpacked
 from oneblock.infer.kernels.build import fits
 
 BLOCKS = (256, 128, 64, 32, 16)  # columns whose activations share a scale, where weights have no groups: what divides
@@ -26,21 +26,20 @@ class Streamed(nn.Linear):
 
 
 class Coded(nn.Module):
-    """A linear layer of codes, in place of nn.Linear. Groups of 0: 8 bits."""
+    """A linear layer of codes, in place of nn.Linear. Groups of 0 columns: 8 bits."""
 
     codes: Tensor
     scale: Tensor
-    offset: Tensor | None
+    groups: Tensor | None  # factor and zero of each
 
     def __init__(self, rows: int, columns: int, group: int, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features, self.group = rows, columns, group
         tiles = -(-rows // TILE)
-        packed, wide = (columns // 8, torch.float16) if group else (columns // 4, torch.float32)
-        sizes = (tiles, columns // group if group else 1, TILE)
-        self.register_buffer("codes", torch.empty((tiles, packed, TILE, 4), dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(sizes, dtype=wide))
-        self.register_buffer("offset", torch.empty(sizes, dtype=wide) if group else None)
+        self.register_buffer("codes", torch.empty((tiles, columns * self.bits // 32, TILE, 4), dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty((tiles, TILE), dtype=torch.float32))
+        ranges = torch.empty((tiles, columns // group, 2, TILE), dtype=torch.uint8) if group else None
+        self.register_buffer("groups", ranges)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -52,23 +51,23 @@ class Coded(nn.Module):
         """Columns that share an activation's scale."""
         return self.group or next(n for n in BLOCKS if self.in_features % n == 0)
 
-    def fill(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
-        """From plain rows: codes (N, K) of whole numbers from 0, scale and offset (N, groups)."""
+    def fill(self, codes: Tensor, found: Tensor | Ranges) -> None:
+        """From plain rows: codes (N, K) of whole numbers from 0, and scales (N, 1) or, of 4 bits, ranges."""
         self.codes.copy_(packed(codes.to(torch.uint8), self.bits))
-        self.scale.copy_(tiled(scale))
-        if self.offset is not None and offset is not None:
-            self.offset.copy_(tiled(offset))
+        if self.groups is not None and isinstance(found, Ranges):
+            self.groups.copy_(tiled(torch.stack((found.factor, found.zero), -1)))
+        self.scale.copy_(tiled((found.scale if isinstance(found, Ranges) else found)[:, 0]))
 
     def rows(self, index: Tensor | None = None) -> Tensor:
         """The weights in fp32, (N, K), or some of their rows."""
         index = torch.arange(self.out_features, device=self.codes.device) if index is None else index
         tile, lane = index // TILE, index % TILE
         codes = unpacked(self.codes[tile, :, lane], self.bits).float()
-        scale = self.scale[tile, :, lane].float()
-        if self.offset is None:
+        scale = self.scale[tile, lane][:, None]
+        if self.groups is None:
             return (codes - 128) * scale
-        offset = self.offset[tile, :, lane].float()
-        return (codes.unflatten(1, (-1, self.group)) * scale[..., None] + offset[..., None]).flatten(1)
+        found = Ranges(scale, *self.groups[tile, :, :, lane].float().unbind(-1))
+        return found.numbers(codes.unflatten(1, (-1, self.group))).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, (self,))[0]
@@ -160,7 +159,7 @@ def streamed_product(x: Tensor, layers: Sequence[Streamed]) -> Tensor:
 
 def coded_product(x: Tensor, layers: Sequence[Coded]) -> Tensor:
     codes, scales = [layer.codes for layer in layers], [layer.scale for layer in layers]
-    offsets = [layer.offset for layer in layers if layer.offset is not None]
+    groups = [layer.groups for layer in layers if layer.groups is not None]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     sizes = [layer.out_features for layer in layers]
-    return torch.ops.oneblock_rows.linear_coded(x, codes, scales, offsets, biases, sizes, layers[0].block)
+    return torch.ops.oneblock_rows.linear_coded(x, codes, scales, groups, biases, sizes, layers[0].block)

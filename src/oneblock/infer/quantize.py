@@ -53,7 +53,7 @@ def nearest(name: str, layer: Codes, weight: Tensor) -> None:
     elif layer.group:
         layer.fill(*in_4_bits(weight, layer.group))
     else:
-        layer.fill(*in_8_bits(weight), None)
+        layer.fill(*in_8_bits(weight))
 
 
 class CodedEmbedding(nn.Module):

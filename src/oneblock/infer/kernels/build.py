@@ -102,7 +102,7 @@ def register_shapes() -> None:
         x: Tensor,
         codes: list[Tensor],
         scales: list[Tensor],
-        offsets: list[Tensor],
+        groups: list[Tensor],
         biases: list[Tensor],
         rows: list[int],
         group: int,

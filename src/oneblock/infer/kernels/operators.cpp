@@ -6,7 +6,7 @@
 
 STABLE_TORCH_LIBRARY(oneblock_rows, m) {
   m.def("linear(Tensor x, Tensor[] w, Tensor[] bias) -> Tensor");
-  m.def("linear_coded(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] offsets, Tensor[] biases, int[] rows, int group) -> Tensor");
+  m.def("linear_coded(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] groups, Tensor[] biases, int[] rows, int group) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor seen, float scale) -> Tensor");
   m.def("weigh(Tensor(a!) scores, int rows, float scale) -> ()");
   m.def("norm(Tensor x, Tensor gain, Tensor? bias, float eps, float offset, bool centred, bool after) -> Tensor");

@@ -171,15 +171,15 @@ static Codes coded(const u16* x, int64_t M, int64_t K, int64_t G, bool fine) {
 }
 
 struct Matrix {
-  const uint8_t* codes;
-  const void *scale, *offset;  // no offset: 8 bits
+  const uint8_t *codes, *groups;  // no groups: 8 bits
+  const float* scale;
   const u16* bias;
   int64_t rows;
 };
 
 static inline __m512i four(const int8_t* x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
 
-// A tile of 16 rows of w with B rows of x, from row m on. 8 bits: bytes [K / 4][16 rows][4], codes + 128, a scale for each row.
+// A tile of 16 rows of w, but for their scales, with B rows of x, from row m on. 8 bits: bytes [K / 4][16 rows][4], codes + 128.
 template <int B>
 static void tile8(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512* out) {
   constexpr int U = B <= 2 ? 2 : 1;  // sums of each kind, so that one need not wait for the other
@@ -212,19 +212,20 @@ static void tile8(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512*
       out[b] = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), _mm512_set1_ps(x.sums[at]), out[b]);
     }
   }
-  __m512 scale = _mm512_loadu_ps((const float*)w.scale + t * 16);
-  for (int b = 0; b < B; b++) out[b] = _mm512_mul_ps(out[b], scale);
 }
 
-// 4 bits: bytes [K / 8][16 rows][4], low halves the first four of eight numbers; w = scale * code + offset in groups of G,
-// scales and offsets [K / G][16 rows] in fp16.
+// 16 bytes as floats.
+static inline __m512 counted(const uint8_t* x) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x))); }
+
+// 4 bits: bytes [K / 8][16 rows][4], low halves the first four of eight numbers; w = factor * (code - (zero - 128) / 8) in
+// groups of G, factors and zeros [K / G][2][16 rows] in bytes.
 template <int B>
 static void tile4(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512* out) {
   const __m512i low = _mm512_set1_epi8(15);
   constexpr int U = B <= 2 ? 2 : 1;
   const uint8_t* codes = w.codes + t * x.K * 8;
   int64_t groups = x.K / x.G;
-  auto *scale = (const u16*)w.scale + t * groups * 16, *offset = (const u16*)w.offset + t * groups * 16;
+  const uint8_t* ranges = w.groups + t * groups * 32;
   for (int b = 0; b < B; b++) out[b] = _mm512_setzero_ps();
   for (int64_t g = 0; g < groups; g++) {
     __m512i sum[U * B], odd[U * B];
@@ -244,14 +245,14 @@ static void tile4(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512*
           odd[u * B + b] = _mm512_dpbusd_epi32(odd[u * B + b], second, four(xs + 4));
         }
       }
-    __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(scale + g * 16)));
-    __m512 o = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(offset + g * 16)));
+    __m512 factor = counted(ranges + g * 32);
+    __m512 lowest = _mm512_fnmadd_ps(counted(ranges + g * 32 + 16), _mm512_set1_ps(0.125f), _mm512_set1_ps(16.0f));
     #pragma GCC unroll 8
     for (int b = 0; b < B; b++) {
       int64_t at = (m + b) * groups + g;
       if (U == 2) sum[b] = _mm512_add_epi32(sum[b], _mm512_add_epi32(sum[(U - 1) * B + b], odd[(U - 1) * B + b]));
       __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum[b], odd[b])), _mm512_set1_ps(x.scales[at]));
-      out[b] = _mm512_fmadd_ps(o, _mm512_set1_ps(x.sums[at]), _mm512_fmadd_ps(s, dot, out[b]));
+      out[b] = _mm512_fmadd_ps(factor, _mm512_fmadd_ps(lowest, _mm512_set1_ps(x.sums[at]), dot), out[b]);
     }
   }
 }
@@ -259,26 +260,28 @@ static void tile4(const Matrix& w, int64_t t, const Codes& x, int64_t m, __m512*
 template <int B>
 static void tile(const Matrix& w, int64_t t, const Codes& x, int64_t m, u16* y, int64_t ldy) {
   __m512 out[B];
-  if (w.offset) tile4<B>(w, t, x, m, out);
+  if (w.groups) tile4<B>(w, t, x, m, out);
   else tile8<B>(w, t, x, m, out);
+  __m512 scale = _mm512_loadu_ps(w.scale + t * 16);
   int64_t n = t * 16, count = std::min<int64_t>(16, w.rows - n);
   __mmask16 mask = count == 16 ? 0xffff : (1u << count) - 1;
   #pragma GCC unroll 8
   for (int b = 0; b < B; b++) {
+    out[b] = _mm512_mul_ps(out[b], scale);
     if (w.bias) out[b] = _mm512_add_ps(out[b], widened(_mm256_maskz_loadu_epi16(mask, w.bias + n)));
     _mm256_mask_storeu_epi16(y + (m + b) * ldy + n, mask, (__m256i)_mm512_cvtneps_pbh(out[b]));
   }
 }
 
-// x (M, K); each w of `rows` rows in tiles, with its scales; offsets for 4 bits, none for 8; biases or none.
-static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors offsets, Tensors biases,
+// x (M, K); each w of `rows` rows in tiles, with its scales; groups for 4 bits, none for 8; biases or none.
+static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors groups, Tensors biases,
                            std::vector<int64_t> rows, int64_t G) {
   int64_t K = x.size(-1), M = x.numel() / K;
   Places at, tiles;
   std::vector<Matrix> w;
   for (size_t i = 0; i < codes.size(); i++) {
-    w.push_back({(const uint8_t*)codes[i].const_data_ptr(), scales[i].const_data_ptr(),
-                 offsets.empty() ? nullptr : offsets[i].const_data_ptr(),
+    w.push_back({(const uint8_t*)codes[i].const_data_ptr(),
+                 groups.empty() ? nullptr : (const uint8_t*)groups[i].const_data_ptr(), (const float*)scales[i].const_data_ptr(),
                  biases.empty() ? nullptr : (const u16*)biases[i].const_data_ptr(), rows[i]});
     at.starts.push_back(at.end() + rows[i]);
     tiles.starts.push_back(tiles.end() + (rows[i] + 15) / 16);
@@ -286,7 +289,7 @@ static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors offs
   int64_t N = at.end();
   Tensor y = torch::stable::new_empty(x, {M, N});
   auto* ys = (u16*)y.mutable_data_ptr();
-  Codes c = coded((const u16*)x.const_data_ptr(), M, K, G, offsets.empty());
+  Codes c = coded((const u16*)x.const_data_ptr(), M, K, G, groups.empty());
   in_parts(tiles.end(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       size_t i = tiles.of(t);
