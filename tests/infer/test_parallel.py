@@ -10,19 +10,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from oneblock.errors import OneblockError
-from oneblock.infer.llm import LLM
-from oneblock.infer.parallel import Ranks, check
+from oneblock.infer.codes import in_4_bits
+from oneblock.infer.linears import Coded
+from oneblock.infer.llm import LLM, load
+from oneblock.infer.parallel import check, part
 from oneblock.infer.quantize import Bits, quantize
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.ranks import Ranks
+from oneblock.spec import Spec, spec
+
+SIZES = {"vocab": 64, "dim": 64, "n_layers": 2, "n_heads": 4, "context": 64}
+MODELS: dict[str, dict[str, int]] = {
+    "llama": {},
+    "gpt2": {},
+    "gemma": {"n_kv_heads": 1},  # one that both ranks share
+    "mixtral": {"n_kv_heads": 2, "hidden": 64},
+    "gpt_oss": {"n_kv_heads": 2, "hidden": 64},  # sinks, and experts with biases
+    "qwen2_moe": {"hidden": 64},  # shared experts
+}
 
 
-def folder(path: Path, family: str) -> LLM:
-    model = Decoder(spec(family, vocab=64, dim=64, n_layers=2, n_heads=4, context=64))
+def folder(path: Path, family: str, bits: Bits | None = None) -> LLM:
+    model = Decoder(spec(family, **SIZES, **MODELS[family]))
     init_weights(model, 0)
-    llm = LLM(model.eval())
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    llm = LLM((model if bits is None else quantize(model, bits)).eval())
     llm.save(path)
     return llm
 
@@ -41,9 +57,16 @@ def on_two(argv: list[str]) -> list[tuple[int, str, str]]:
     return [(p.returncode, out, err) for p in started for out, err in [p.communicate(timeout=120)]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_two_ranks_write_what_one_does(family: str, tmp_path: Path) -> None:
-    llm = folder(tmp_path, family)
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [
+        *((family, None) for family in MODELS),
+        *(("gpt_oss", bits) for bits in (Bits(8), Bits(4, 32), Bits(fp8=True))),
+        ("llama", Bits(4, 32)),
+    ],
+)
+def test_two_ranks_write_what_one_does(family: str, bits: Bits | None, tmp_path: Path) -> None:
+    llm = folder(tmp_path, family, bits)
     expected = llm.generate([1, 2, 3], max_tokens=24, temperature=0.7, seed=5, ignore_eos=True)
     argv = ["generate", str(tmp_path), "--ids", "1", "2", "3", "--max-tokens", "24", "--ignore-eos", "--json"]
     first, second = on_two([*argv, "--temperature", "0.7", "--seed", "5"])
@@ -62,15 +85,36 @@ def test_a_rank_that_fails_ends_the_other_with_a_line(tmp_path: Path) -> None:
 
 
 def test_what_does_not_divide_is_told() -> None:
-    def made(family: str, **sizes: int) -> Decoder:
-        return Decoder(spec(family, **{"vocab": 64, "dim": 64, "n_layers": 1, "n_heads": 4, "context": 64, **sizes}))
+    def made(family: str, **sizes: int) -> Spec:
+        return spec(family, **{**SIZES, "n_layers": 1, **sizes})
 
-    for model, said in (
-        (made("llama", n_kv_heads=1), "1 KV heads do not divide by 2 ranks"),
+    for built, said in (
+        (made("llama", dim=96, n_heads=6, n_kv_heads=3), "3 KV heads do not divide by 2 ranks"),
         (made("llama", n_heads=1, n_kv_heads=1), "1 heads do not divide by 2 ranks"),
-        (made("mixtral"), "experts are not split"),
+        (made("mixtral", hidden=33), "33 hidden numbers do not divide by 2 ranks"),
         (made("olmo2"), "norms over all heads"),
-        (quantize(made("llama"), Bits(8)), "weights in few bits are not split"),
     ):
         with pytest.raises(OneblockError, match=said):
-            check(model, Ranks(0, 2))
+            check(built, Ranks(0, 2))
+
+
+def test_codes_are_cut_between_tiles_and_groups() -> None:
+    layer = Coded(48, 128, 64)
+    for dim, here, said in ((0, slice(0, 24), "24 rows .* multiple of 16"), (1, slice(32, 96), "64 columns")):
+        with pytest.raises(OneblockError, match=said):
+            part(layer, dim, here)
+    layer.fill(*in_4_bits(torch.randn(48, 128), 64))
+    assert torch.equal(part(layer, 0, slice(16, 48)).rows(), layer.rows()[16:])
+    assert torch.equal(part(layer, 1, slice(64, 128)).rows(), layer.rows()[:, 64:])
+
+
+def test_a_rank_holds_its_part_alone(tmp_path: Path) -> None:
+    """Of a file's pages that were mapped, what blocks hold is copied: the rest can go."""
+    llm = folder(tmp_path, "llama")
+    whole = llm.model.blocks[0]
+    half = load(tmp_path, ranks=Ranks(1, 2)).model.blocks[0]
+    assert sum(p.nbytes for p in half.parameters() if p.dim() > 1) * 2 == sum(
+        p.nbytes for p in whole.parameters() if p.dim() > 1
+    )
+    for p in half.parameters():
+        assert p.dim() == 1 or p.untyped_storage().nbytes() == p.nbytes

@@ -335,11 +335,13 @@ def load(
 
     llm = oneblock.load("path/or/org/name", dtype="bfloat16", device="cpu")
 
-    `ranks` (infer/parallel.py): this process's part of it, under torchrun.
+    `ranks` (infer/parallel.py): this process's part of it, under torchrun; the device never holds the whole.
     """
-    found, tokenizer = read(store.resolve(str(path_or_name)), dtype, device)
-    if ranks is not None and ranks.size > 1:
+    several = ranks is not None and ranks.size > 1
+    found, tokenizer = read(store.resolve(str(path_or_name)), dtype, "cpu" if several else device)
+    if ranks is not None and several:
         split(found.model, ranks)
+        found.model.to(device)
     streamline(found.model)
     return LLM(found.model, tokenizer, found.config, found.generation, found.layout)
 
