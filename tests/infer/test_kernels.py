@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,13 @@ from oneblock.infer.cache import KVCache
 from oneblock.infer.codes import in_4_bits, in_8_bits
 from oneblock.infer.kernels import build
 from oneblock.infer.linears import Coded, Streamed, product
+from oneblock.infer.quantize import Bits, quantize
 from oneblock.infer.streamline import Inner, Normed, streamed, streamline
 from oneblock.model import Decoder, init_weights
 from oneblock.model.mlp import Mlp
 from oneblock.model.norm import Norm
 from oneblock.model.rope import rotate
+from oneblock.model.step import Step
 from oneblock.spec import parts, spec
 
 kernels = pytest.mark.skipif(not build.available(), reason=build.missing() or "there are kernels")
@@ -69,6 +72,44 @@ def test_products_of_codes(rows: int, n_in: int, n_out: int, group: int) -> None
     with torch.no_grad():
         assert wrong(layer(x), expected) < (0.012 if group else 0.004)  # 4 bits take activations in 8
     assert wrong(layer.plain(x), expected) < 0.01
+
+
+FORMS = {"bf16": None, "8 bits": Bits(8), "4 bits": Bits(4, 32)}
+
+
+@kernels
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "phi"])
+def test_the_rest_of_a_block(family: str, rows: int, form: str) -> None:
+    """After attention: products, norm and activation as one operator, and as the plain module in fp32."""
+    torch.manual_seed(0)
+    model = Decoder(spec(family, vocab=32, dim=96, n_layers=1, n_heads=3, context=64)).bfloat16().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    bits = FORMS[form]
+    block = (model if bits is None else quantize(model, bits)).blocks[0]
+    plain = copy.deepcopy(block).float()
+    streamline(model)
+    x, positions = torch.randn(rows, 1, 96).bfloat16(), torch.zeros(rows, 1, dtype=torch.long)
+    assert ("forward" in vars(block)) == (family != "phi")  # attention and MLP side by side: as it was
+    with torch.no_grad():
+        found = block(x, Step(positions, ordered=False), 0)
+        assert wrong(found, plain(x.float(), Step(positions, ordered=False), 0)) < 0.015
+        for _ in range(200):  # whichever thread does what
+            assert torch.equal(block(x, Step(positions, ordered=False), 0), found)
+
+
+@kernels
+def test_more_threads_than_cores() -> None:
+    """Those that wait let the others have the core."""
+    torch.set_num_threads(7)
+    model = small("llama").bfloat16().eval()
+    streamline(model)
+    with torch.no_grad():
+        found = model(torch.tensor([[3]]))
+        torch.set_num_threads(1)
+        assert torch.equal(model(torch.tensor([[3]])), found)
 
 
 @kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,24 +143,19 @@ def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
     coded = [layer for layer in layers if isinstance(layer, Coded)]
     if not fits(x):
         return [layer.plain(x) for layer in layers]
-    if len(coded) == len(layers):
-        y = coded_product(x.contiguous(), coded)
-    elif len(streamed) == len(layers) and x.numel() <= MOST * x.shape[-1]:
-        y = streamed_product(x.contiguous(), streamed)
-    else:
+    if len(coded) < len(layers) and (len(streamed) < len(layers) or x.numel() > MOST * x.shape[-1]):
         return [layer.plain(x) for layer in layers]
-    y = y.view(*x.shape[:-1], -1)
+    y = torch.ops.oneblock_rows.linear(x.contiguous(), *held(coded or streamed)).view(*x.shape[:-1], -1)
     return y.split([layer.out_features for layer in layers], -1) if len(layers) > 1 else (y,)
 
 
-def streamed_product(x: Tensor, layers: Sequence[Streamed]) -> Tensor:
+def held(layers: Sequence[Coded | Streamed]) -> tuple[list[Any], ...]:
+    """Layers of one kind as our operators take them: weights or codes, scales, groups, biases, rows, blocks."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return torch.ops.oneblock_rows.linear(x, [layer.weight for layer in layers], biases)
-
-
-def coded_product(x: Tensor, layers: Sequence[Coded]) -> Tensor:
-    codes, scales = [layer.codes for layer in layers], [layer.scale for layer in layers]
-    groups = [layer.groups for layer in layers if layer.groups is not None]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    sizes = [layer.out_features for layer in layers]
-    return torch.ops.oneblock_rows.linear_coded(x, codes, scales, groups, biases, sizes, layers[0].block)
+    rows = [layer.out_features for layer in layers]
+    coded = [layer for layer in layers if isinstance(layer, Coded)]
+    if not coded:
+        return [layer.weight for layer in layers], [], [], biases, rows, []
+    groups = [layer.groups for layer in coded if layer.groups is not None]
+    codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
+    return codes, scales, groups, biases, rows, [layer.block for layer in coded]

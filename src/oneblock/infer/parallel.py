@@ -80,7 +80,7 @@ def split(model: Decoder, ranks: Ranks) -> None:
             module.down = Summed(part(module.down, COLUMNS, here))  # type: ignore[assignment]
         elif isinstance(module, Moe):
             split_experts(module.experts, own(module.spec.expert.hidden, ranks), ranks)
-            module.routed = Routed(module)  # type: ignore[method-assign]
+            module.routed = Routed(module)
 
 
 def own(n: int, ranks: Ranks) -> slice:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from oneblock.infer.kernels.build import fits
-from oneblock.infer.linears import Coded, Layer, Streamed, product
+from oneblock.infer.linears import MOST, Coded, Streamed, held, product
 from oneblock.model import Decoder
 from oneblock.model.attention import MIDDLE, Attention, by_products
+from oneblock.model.decoder import Block
 from oneblock.model.mlp import Mlp, activate
 from oneblock.model.norm import Norm
 from oneblock.model.step import Step
@@ -39,12 +40,16 @@ class Project:
         return q, k, v
 
 
+def curve(mlp: Mlp) -> tuple[float, float] | None:
+    """Its activation's a and b, where our operators have it."""
+    return SIGMOIDS.get(mlp.spec.act) if mlp.spec.limit is None and not mlp.spec.up_offset else None
+
+
 class Inner:
     """`Mlp.inner` as one product and one operator."""
 
     def __init__(self, mlp: Mlp):
-        self.mlp = mlp
-        self.curve = SIGMOIDS.get(mlp.spec.act) if mlp.spec.limit is None and not mlp.spec.up_offset else None
+        self.mlp, self.curve = mlp, curve(mlp)
 
     def __call__(self, x: Tensor) -> Tensor:
         mlp = cast(Any, self.mlp)
@@ -61,6 +66,23 @@ class Inner:
         return x
 
 
+class Rest:
+    """`Block.forward` of one token, all that comes after its attention as one operator."""
+
+    def __init__(self, block: Block, curve: tuple[float, float]):
+        self.block, self.forward, self.curve = block, block.forward, curve
+
+    def __call__(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        block = cast(Any, self.block)
+        norm, attn, mlp = block.mlp_in, block.attn, block.mlp
+        layers = (attn.wo, mlp.gate, mlp.up, mlp.down) if mlp.gate is not None else (attn.wo, mlp.up, mlp.down)
+        if x.shape[1] > 1 or not fits(x) or len(x) > MOST or norm.weight.dtype != x.dtype or not alike(*layers):
+            return self.forward(x, step, layer)
+        y = attn.mixed(block.attn_in(x), step, layer)
+        how = norm.weight, norm.bias, *arguments(norm), *self.curve
+        return torch.ops.oneblock_rows.rest(x.contiguous(), y.contiguous(), *held(layers), *how)
+
+
 class Normed:
     """`Norm.forward` as one operator."""
 
@@ -68,12 +90,16 @@ class Normed:
         self.norm, self.forward = norm, norm.forward
 
     def __call__(self, x: Tensor) -> Tensor:
-        norm, spec = self.norm, self.norm.spec
+        norm = self.norm
         if not alone(x) or norm.weight.dtype != x.dtype:
             return self.forward(x)
-        centred = spec.kind == "layer"
-        how = spec.eps, spec.offset, centred, not centred and spec.gain == "after"
-        return torch.ops.oneblock_rows.norm(x.contiguous(), norm.weight, norm.bias, *how)
+        return torch.ops.oneblock_rows.norm(x.contiguous(), norm.weight, norm.bias, *arguments(norm))
+
+
+def arguments(norm: Norm) -> tuple[float, float, bool, bool]:
+    """What our operators ask of a norm beside its weights: eps, offset, centred, after."""
+    spec, centred = norm.spec, norm.spec.kind == "layer"
+    return spec.eps, spec.offset, centred, not centred and spec.gain == "after"
 
 
 class Turn:
@@ -138,6 +164,15 @@ def streamline(model: Decoder) -> None:
             put(module, "inner", Inner)
         elif isinstance(module, Norm):
             put(module, "forward", Normed)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        streamline_block(block)
+
+
+def streamline_block(block: Block) -> None:
+    found = curve(block.mlp) if isinstance(block.mlp, Mlp) else None
+    if found is not None and block.residual == "pre" and block.attn_gate is None:
+        put(block, "forward", lambda block: Rest(block, found))
 
 
 def streamline_attention(attn: Attention) -> None:
@@ -165,6 +200,6 @@ def streamed(linear: nn.Linear) -> Streamed:
 
 
 def alike(*layers: nn.Module) -> bool:
-    """Whether one product can do them all: of one kind, all with a bias or none."""
+    """Whether one operator can do them all: of one kind that has one, all with a bias or none."""
     kinds = {(type(x), x.bits if isinstance(x, Coded) else 0, getattr(x, "bias", None) is None) for x in layers}
-    return len(kinds) == 1 and isinstance(layers[0], Layer)
+    return len(kinds) == 1 and isinstance(layers[0], Coded | Streamed)

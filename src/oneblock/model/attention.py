@@ -42,6 +42,10 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        return self.wo(self.mixed(x, step, layer))
+
+    def mixed(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        """What the heads read, (B, T, heads x D), before the last product."""
         a, asking = self.spec, step.asking
         source = step.image if a.cross else x
         assert source is not None, "the decoder skips cross-attention where there is no image"
@@ -52,7 +56,7 @@ class Attention(nn.Module):
         if step.cache is not None and not a.cross:
             k, v = step.cache.update(layer, k, v)
         y = self.read(q, k, v, asking, layer)
-        return self.wo(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     def placed(self, x: Tensor, norm: nn.Module, step: Step) -> Tensor:
         """Queries or keys as they meet, normed and turned to their positions: (B, T, heads x D) -> (B, heads, T, D)."""

@@ -3,10 +3,12 @@
 #include "attention.h"
 #include "between.h"
 #include "products.h"
+#include "rest.h"
 
 STABLE_TORCH_LIBRARY(oneblock_rows, m) {
-  m.def("linear(Tensor x, Tensor[] w, Tensor[] bias) -> Tensor");
-  m.def("linear_coded(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] groups, Tensor[] biases, int[] rows, int group) -> Tensor");
+  m.def("linear(Tensor x, Tensor[] w, Tensor[] scales, Tensor[] groups, Tensor[] biases, int[] rows, int[] blocks) -> Tensor");
+  m.def("rest(Tensor x, Tensor y, Tensor[] w, Tensor[] scales, Tensor[] groups, Tensor[] biases, int[] rows, int[] blocks,"
+        " Tensor gain, Tensor? shift, float eps, float offset, bool centred, bool after, float a, float b) -> Tensor");
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor seen, float scale) -> Tensor");
   m.def("weigh(Tensor(a!) scores, int rows, float scale) -> ()");
   m.def("norm(Tensor x, Tensor gain, Tensor? bias, float eps, float offset, bool centred, bool after) -> Tensor");
@@ -16,10 +18,10 @@ STABLE_TORCH_LIBRARY(oneblock_rows, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(oneblock_rows, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_coded", TORCH_BOX(&linear_coded));
+  m.impl("rest", TORCH_BOX(&rest));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("weigh", TORCH_BOX(&weigh));
   m.impl("norm", TORCH_BOX(&norm));
-  m.impl("gate", TORCH_BOX(&gate));
+  m.impl("gate", TORCH_BOX(&gate_rows));
   m.impl("turned", TORCH_BOX(&turned));
 }

@@ -3,34 +3,59 @@
 // M rows of x, K numbers each; N rows of w.
 #pragma once
 
+#include <sched.h>
+
+#include <functional>
+
 #include "vector.h"
 
 constexpr int64_t SHORT = 1536;  // numbers in a row
 constexpr int64_t AHEAD = 2048;  // bytes of codes that are fetched before they are needed
 constexpr int64_t MOST = 64;     // threads
 constexpr int64_t PIECES = 8;    // of a thread's run
+constexpr int SPINS = 1 << 14;   // that a thread waits for others before it lets them have the core
 
-
-// Several matrices that read the same x, one after another in y.
+// Several things one after another.
 struct Places {
   std::vector<int64_t> starts{0};
   int64_t end() const { return starts.back(); }
   size_t of(int64_t n) const { return std::upper_bound(starts.begin(), starts.end(), n) - starts.begin() - 1; }
 };
 
-// Each thread has one run of rows, which it goes through piece by piece; where it is done it helps the others with theirs,
-// since a thread that is held up would hold up all. Pieces are multiples of `unit` rows.
-template <class F>
-static void in_parts(int64_t rows, int64_t unit, const F& f) {
-  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), MOST), units = (rows + unit - 1) / unit;
-  int64_t run = (units + threads - 1) / threads, piece = std::max<int64_t>(run / PIECES, 1);
-  std::atomic<int64_t> next[MOST];
-  for (int64_t i = 0; i < threads; i++) next[i] = i * run;
+// Work on rows [begin, end), which are multiples of `unit` but for the last.
+struct Stage {
+  int64_t rows, unit;
+  std::function<void(int64_t begin, int64_t end)> work;
+};
+
+// Stages one after another, in one parallel region: a stage begins when the one before is done, by whatever threads there
+// are. Each has one run of rows, which it goes through piece by piece; where it is done it helps the others with theirs,
+// since a thread that is held up would hold up all.
+static void in_stages(const std::vector<Stage>& stages) {
+  struct Progress { std::atomic<int64_t> next[MOST], done; };
+  std::vector<Progress> made(stages.size());
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), MOST);
+  auto units = [](const Stage& s) { return (s.rows + s.unit - 1) / s.unit; };
+  auto run = [&](const Stage& s) { return (units(s) + threads - 1) / threads; };
+  for (size_t s = 0; s < stages.size(); s++) {
+    made[s].done = 0;
+    for (int64_t i = 0; i < threads; i++) made[s].next[i] = i * run(stages[s]);
+  }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
-    for (int64_t i = 0; i < threads; i++) {
-      int64_t whose = (first + i) % threads, end = std::min((whose + 1) * run, units);
-      for (int64_t at; (at = next[whose].fetch_add(piece)) < end;)
-        f(at * unit, std::min(std::min(at + piece, end) * unit, rows));
+    for (size_t s = 0; s < stages.size(); s++) {
+      auto& [rows, unit, work] = stages[s];
+      int64_t all = units(stages[s]), each = run(stages[s]), piece = std::max<int64_t>(each / PIECES, 1);
+      for (int64_t i = 0; i < threads; i++) {
+        int64_t whose = (first + i) % threads, end = std::min((whose + 1) * each, all);
+        for (int64_t at; (at = made[s].next[whose].fetch_add(piece)) < end;) {
+          int64_t until = std::min(at + piece, end);
+          work(at * unit, std::min(until * unit, rows));
+          made[s].done += until - at;
+        }
+      }
+      for (int spins = 0; s + 1 < stages.size() && made[s].done < all;)
+        if (++spins < SPINS) _mm_pause();
+        else sched_yield();
     }
   });
 }
@@ -95,34 +120,13 @@ static void all_rows(const u16* w, int64_t K, const u16* x, int64_t M, const u16
 }
 
 // `rows` rows of one matrix with all M of x.
-static void some_rows(const u16* w, int64_t rows, int64_t K, const u16* x, int64_t M, const u16* bias, u16* y, int64_t ldy) {
+static void plain_rows(const u16* w, int64_t rows, int64_t K, const u16* x, int64_t M, const u16* bias, u16* y, int64_t ldy) {
   int64_t n = 0;
   if (M == 1 && K < SHORT)
     for (; n < rows; n++) y[n] = narrowed(dot(w + n * K, x, K) + (bias ? widened(bias[n]) : 0.0f));
   for (; M == 1 && n + 8 <= rows; n += 8) dots<8, 1>(w + n * K, K, x, bias ? bias + n : nullptr, y + n, ldy);
   for (; M > 1 && n + 4 <= rows; n += 4) all_rows<4>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
   for (; n < rows; n++) all_rows<1>(w + n * K, K, x, M, bias ? bias + n : nullptr, y + n, ldy);
-}
-
-// x (M, K), each w (N, K), biases one for each w or none -> (M, the N's in a row)
-static Tensor linear(Tensor x, Tensors w, Tensors bias) {
-  int64_t K = x.size(-1), M = x.numel() / K;
-  Places at;
-  for (auto& one : w) at.starts.push_back(at.end() + one.size(0));
-  int64_t N = at.end();
-  Tensor y = torch::stable::new_empty(x, {M, N});
-  auto* xs = (const u16*)x.const_data_ptr();
-  auto* ys = (u16*)y.mutable_data_ptr();
-  in_parts(N, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end;) {
-      size_t i = at.of(n);
-      int64_t first = n - at.starts[i], rows = std::min(end, at.starts[i + 1]) - n;
-      auto* bs = bias.empty() ? nullptr : (const u16*)bias[i].const_data_ptr() + first;
-      some_rows((const u16*)w[i].const_data_ptr() + first * K, rows, K, xs, M, bs, ys + n, N);
-      n += rows;
-    }
-  });
-  return y;
 }
 
 // ---------------------------------------------------------------- 8 and 4 bits
@@ -156,25 +160,23 @@ static void code_group(const u16* x, int64_t g, const Codes& c) {
   c.sums[g] = scale * ((float)_mm512_reduce_add_epi32(sum) + (float)_mm512_reduce_add_epi32(rest) / 254.0f);
 }
 
-// In memory that each thread keeps for its next call.
-static Codes coded(const u16* x, int64_t M, int64_t K, int64_t G, bool fine) {
+// Room for the codes of M x K numbers, of the calling thread: a later one takes its place.
+static Codes room(int64_t M, int64_t K, int64_t G, bool fine) {
   thread_local std::vector<int8_t> bytes;
   thread_local std::vector<float> floats;
   int64_t groups = M * K / G, size = M * K;
   if ((int64_t)bytes.size() < 2 * size) bytes.resize(2 * size);
   if ((int64_t)floats.size() < 2 * groups) floats.resize(2 * groups);
-  Codes c{M, K, G, bytes.data(), fine ? bytes.data() + size : nullptr, floats.data(), floats.data() + groups};
-  auto some = [&](int64_t begin, int64_t end) { for (int64_t g = begin; g < end; g++) code_group(x, g, c); };
-  if (M <= 4) some(0, groups);
-  else torch::stable::parallel_for(0, groups, 64, some);
-  return c;
+  return {M, K, G, bytes.data(), fine ? bytes.data() + size : nullptr, floats.data(), floats.data() + groups};
 }
 
+// One matrix: numbers in bf16, or codes in tiles with their scales, and groups of 4 bits.
 struct Matrix {
-  const uint8_t *codes, *groups;  // no groups: 8 bits
+  const u16* plain;
+  const uint8_t *codes, *groups;
   const float* scale;
   const u16* bias;
-  int64_t rows;
+  int64_t rows, K, G;
 };
 
 static inline __m512i four(const int8_t* x) { int32_t v; memcpy(&v, x, 4); return _mm512_set1_epi32(v); }
@@ -273,33 +275,73 @@ static void tile(const Matrix& w, int64_t t, const Codes& x, int64_t m, u16* y, 
   }
 }
 
-// x (M, K); each w of `rows` rows in tiles, with its scales; groups for 4 bits, none for 8; biases or none.
-static Tensor linear_coded(Tensor x, Tensors codes, Tensors scales, Tensors groups, Tensors biases,
-                           std::vector<int64_t> rows, int64_t G) {
-  int64_t K = x.size(-1), M = x.numel() / K;
-  Places at, tiles;
-  std::vector<Matrix> w;
-  for (size_t i = 0; i < codes.size(); i++) {
-    w.push_back({(const uint8_t*)codes[i].const_data_ptr(),
-                 groups.empty() ? nullptr : (const uint8_t*)groups[i].const_data_ptr(), (const float*)scales[i].const_data_ptr(),
-                 biases.empty() ? nullptr : (const u16*)biases[i].const_data_ptr(), rows[i]});
-    at.starts.push_back(at.end() + rows[i]);
-    tiles.starts.push_back(tiles.end() + (rows[i] + 15) / 16);
-  }
-  int64_t N = at.end();
-  Tensor y = torch::stable::new_empty(x, {M, N});
-  auto* ys = (u16*)y.mutable_data_ptr();
-  Codes c = coded((const u16*)x.const_data_ptr(), M, K, G, groups.empty());
-  in_parts(tiles.end(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      size_t i = tiles.of(t);
-      u16* out = ys + at.starts[i];
-      int64_t here = t - tiles.starts[i], m = 0;
-      for (; m + 8 <= M; m += 8) tile<8>(w[i], here, c, m, out, N);
-      for (; m + 4 <= M; m += 4) tile<4>(w[i], here, c, m, out, N);
-      for (; m + 2 <= M; m += 2) tile<2>(w[i], here, c, m, out, N);
-      for (; m < M; m++) tile<1>(w[i], here, c, m, out, N);
+// Matrices of one kind; of codes with scales, groups (4 bits) and how many columns of x share one; biases or none.
+static std::vector<Matrix> matrices(const Tensors& w, const Tensors& scales, const Tensors& groups, const Tensors& biases,
+                                    const std::vector<int64_t>& rows, const std::vector<int64_t>& blocks) {
+  std::vector<Matrix> found;
+  for (size_t i = 0; i < w.size(); i++) {
+    auto* bias = biases.empty() ? nullptr : (const u16*)biases[i].const_data_ptr();
+    if (scales.empty()) {
+      found.push_back({(const u16*)w[i].const_data_ptr(), nullptr, nullptr, nullptr, bias, w[i].size(0), w[i].size(1), 0});
+      continue;
     }
-  });
+    auto* ranges = groups.empty() ? nullptr : (const uint8_t*)groups[i].const_data_ptr();
+    int64_t K = w[i].size(1) * (ranges ? 8 : 4);
+    found.push_back({nullptr, (const uint8_t*)w[i].const_data_ptr(), ranges, (const float*)scales[i].const_data_ptr(), bias, rows[i], K, blocks[i]});
+  }
+  return found;
+}
+
+// What matrices multiply: M rows of x, and their codes where the matrices are codes.
+struct Given {
+  const u16* x;
+  int64_t M;
+  Codes codes;
+
+  Given(const u16* x, int64_t M, const Matrix& w) : x(x), M(M), codes(w.plain ? Codes{} : room(M, w.K, w.G, !w.groups)) {}
+
+  Stage code() const {  // to be done before the product
+    int64_t groups = codes.G ? M * codes.K / codes.G : 0;
+    return {groups, 8, [*this](int64_t begin, int64_t end) { for (int64_t g = begin; g < end; g++) code_group(x, g, codes); }};
+  }
+};
+
+constexpr int64_t UNIT = 16;  // rows of a matrix: a tile
+
+// Rows [begin, end) of w, from a multiple of UNIT on, times all of x; y is where the first row's product goes.
+static void multiply(const Matrix& w, const Given& x, int64_t begin, int64_t end, u16* y, int64_t ldy) {
+  if (w.plain) {
+    plain_rows(w.plain + begin * w.K, end - begin, w.K, x.x, x.M, w.bias ? w.bias + begin : nullptr, y, ldy);
+    return;
+  }
+  y -= begin;
+  for (int64_t t = begin / UNIT; t * UNIT < end; t++) {
+    int64_t m = 0;
+    for (; m + 8 <= x.M; m += 8) tile<8>(w, t, x.codes, m, y, ldy);
+    for (; m + 4 <= x.M; m += 4) tile<4>(w, t, x.codes, m, y, ldy);
+    for (; m + 2 <= x.M; m += 2) tile<2>(w, t, x.codes, m, y, ldy);
+    for (; m < x.M; m++) tile<1>(w, t, x.codes, m, y, ldy);
+  }
+}
+
+// x (M, K) times several matrices -> (M, their rows one after another)
+static Tensor linear(Tensor x, Tensors w, Tensors scales, Tensors groups, Tensors biases, std::vector<int64_t> rows, std::vector<int64_t> blocks) {
+  auto all = matrices(w, scales, groups, biases, rows, blocks);
+  Given given((const u16*)x.const_data_ptr(), x.numel() / all[0].K, all[0]);
+  Places units, at;  // where each matrix begins, in tiles and in y
+  for (auto& one : all) {
+    units.starts.push_back(units.end() + (one.rows + UNIT - 1) / UNIT);
+    at.starts.push_back(at.end() + one.rows);
+  }
+  Tensor y = torch::stable::new_empty(x, {given.M, at.end()});
+  auto* ys = (u16*)y.mutable_data_ptr();
+  in_stages({given.code(), {units.end(), 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      size_t i = units.of(begin);
+      int64_t from = (begin - units.starts[i]) * UNIT, until = std::min(end, units.starts[i + 1]);
+      multiply(all[i], given, from, std::min((until - units.starts[i]) * UNIT, all[i].rows), ys + at.starts[i] + from, at.end());
+      begin = until;
+    }
+  }}});
   return y;
 }
