@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_type_hints
 
@@ -54,11 +55,13 @@ def load(name: str) -> tuple[Any, type]:
 
 
 def end() -> NoReturn:
-    """Run one command and end the process with its code; one of several ranks that failed, at once (ranks.joined)."""
+    """Run one command and end with its code; a rank that did not leave the others (ranks.joined) ends at once."""
     code = main()
-    if code and "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

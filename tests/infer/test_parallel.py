@@ -84,6 +84,13 @@ def test_a_rank_that_fails_ends_the_other_with_a_line(tmp_path: Path) -> None:
         assert "several ranks go on with one prompt" in err
 
 
+def test_a_prompt_cache_is_one_process_own(tmp_path: Path) -> None:
+    folder(tmp_path, "llama")
+    for status, _, err in on_two(["generate", str(tmp_path), "--ids", "1", "2", "--prompt-cache", str(tmp_path / "c")]):
+        assert status == 1
+        assert "--prompt-cache holds the keys of one process" in err
+
+
 def test_what_does_not_divide_is_told() -> None:
     def made(family: str, **sizes: int) -> Spec:
         return spec(family, **{**SIZES, "n_layers": 1, **sizes})

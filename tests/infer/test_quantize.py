@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 import oneblock
 from oneblock.cli import main
 from oneblock.errors import OneblockError
-from oneblock.infer.calibrate import calibrate, corrected
-from oneblock.infer.codes import Ranges, in_4_bits, in_8_bits, packed, unpacked
+from oneblock.infer.calibrate import calibrate, corrected, products
+from oneblock.infer.codes import Ranges, in_4_bits, in_8_bits, packed, scale_of, unpacked
 from oneblock.infer.linears import Coded, Float8
 from oneblock.infer.llm import LLM
 from oneblock.infer.quantize import Bits, CodedExperts, nearest, quantize
+from oneblock.infer.streamline import streamline
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
 from oneblock.store import load_model
@@ -85,8 +86,20 @@ def test_ranges_lose_little_in_8_bits(kind: str) -> None:
     wrong = (found.numbers(codes.unflatten(1, (-1, 64))).flatten(1) - weight).norm()
     best = torch.stack([exact(weight, shrink) for shrink in torch.linspace(1, 0.64, 10).tolist()]).amin(0)
     assert wrong <= (1.7 if kind == "below zero" else 1.03) * best.sum().sqrt()  # such groups' codes reach up to zero
-    for whole in (codes, found.factor, found.zero):
+    for whole in (found.factor, found.zero):
         assert torch.equal(whole, whole.to(torch.uint8).float())
+
+
+def test_large_weights_become_codes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(20, 128)
+    scale = scale_of(weight, 64, 1.1)
+    whole = [in_4_bits(weight, 64, scale=s) for s in (None, scale)]
+    monkeypatch.setattr("oneblock.infer.codes.PART", 128 * 6)
+    for (codes, found), s in zip(whole, (None, scale), strict=True):
+        parts, again = in_4_bits(weight, 64, scale=s)
+        assert torch.equal(parts, codes)
+        assert torch.equal(again.numbers(parts.unflatten(1, (-1, 64))), found.numbers(codes.unflatten(1, (-1, 64))))
 
 
 def test_calibrated_codes_are_nearer_where_it_counts() -> None:
@@ -149,6 +162,21 @@ def test_a_tied_head_is_held_once() -> None:
     after = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     assert after < 0.3 * before  # of fp32
     assert sum(1 for name, _ in model.named_buffers() if name.startswith("embed")) == 0
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_what_every_layer_multiplies_is_seen(ready: bool) -> None:
+    """Of a model made ready for a CPU, too, where one product does several layers."""
+    model = Decoder(spec("llama", vocab=32, dim=32, n_layers=1, n_heads=2, context=16)).eval()
+    if ready:
+        streamline(model)
+    block = model.blocks[0]
+    before = [(vars(m).keys()) for m in block.modules()]
+    with torch.no_grad(), products(block) as sums:
+        model(torch.arange(8)[None])
+    assert sums.keys() == {name for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(sums) == 7
+    assert [(vars(m).keys()) for m in block.modules()] == before
 
 
 def test_calibration_goes_through_every_layer() -> None:

@@ -56,6 +56,8 @@ def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
         found = x.T @ x
         sums[name] = sums[name].add_(found) if name in sums else found
 
+    # what puts one operator in the place of several layers would pass them over
+    joint = [(m, name, vars(m).pop(name)) for m in root.modules() for name in ("project", "inner") if name in vars(m)]
     hooks = []
     for name, module in root.named_modules():
         if isinstance(module, nn.Linear):
@@ -65,6 +67,8 @@ def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+        for module, name, step in joint:
+            setattr(module, name, step)
 
 
 def filler(sums: dict[str, Tensor]) -> Fill:
@@ -80,7 +84,7 @@ def filler(sums: dict[str, Tensor]) -> Fill:
 def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, Ranges]:
     """Codes (N, K) and what they stand for: what a column loses by rounding the later ones take over."""
     left, upper = weight.float().clone(), inverse_root(products)
-    scale, codes, found = scale_of(left, group, ROOM), torch.empty_like(left), []
+    scale, codes, found = scale_of(left, group, ROOM), torch.empty_like(left, dtype=torch.uint8), []
     for start in range(0, left.shape[1], group):
         end = start + group
         here, root = left[:, start:end], upper[start:end, start:end]
@@ -94,8 +98,7 @@ def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, Ran
             codes[:, start + j] = code[:, 0, 0]
         left[:, end:] -= wrong @ upper[start:end, end:]
         found.append(ranges)
-    factor, zero = (torch.cat([getattr(ranges, name) for ranges in found], 1) for name in ("factor", "zero"))
-    return codes, Ranges(scale, factor, zero)
+    return codes, Ranges(scale, *(torch.cat(x, 1) for x in zip(*((r.factor, r.zero) for r in found), strict=True)))
 
 
 def inverse_root(products: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 16
+PART = 1 << 24  # weights in fp32 at a time, with a few numbers made of each
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
@@ -110,13 +111,24 @@ def in_4_bits(
 
     `importance` (K,) weighs the columns: how large their activations are. `scale` (N, 1), if the rows have theirs.
     """
-    scale = scale_of(weight, group) if scale is None else scale
-    groups = weight.float().unflatten(1, (-1, group))
     weigh = 1.0 if importance is None else importance.float().view(1, -1, group)
+    codes, found = [], []
+    step = max(PART // weight.shape[1], 1)
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step]
+        own = scale_of(rows, group) if scale is None else scale[start : start + step]
+        groups = rows.float().unflatten(1, (-1, group))
+        found.append(nearest_ranges(groups, own, weigh))
+        codes.append(found[-1].codes(groups).flatten(1).to(torch.uint8))
+    whole = zip(*((r.scale, r.factor, r.zero) for r in found), strict=True)
+    return torch.cat(codes), Ranges(*map(torch.cat, whole))
+
+
+def nearest_ranges(groups: Tensor, scale: Tensor, weigh: Tensor | float) -> Ranges:
+    """Of groups (N, groups, G), whose squared errors count `weigh` times."""
     low, high = groups.amin(-1), groups.amax(-1)
     tried = [ranges(scale, low * shrink, high * shrink) for shrink in torch.linspace(1.0, 0.64, 10).tolist()]
     wrong = torch.stack([((r.numbers(r.codes(groups)) - groups).square() * weigh).sum(-1) for r in tried])
     best = wrong.argmin(0, keepdim=True)
     factor, zero = (torch.stack([getattr(r, name) for r in tried]).gather(0, best)[0] for name in ("factor", "zero"))
-    found = Ranges(scale, factor, zero)
-    return found.codes(groups).flatten(1), found
+    return Ranges(scale, factor, zero)

@@ -158,6 +158,8 @@ def written(options: GenerateOptions, ranks: Ranks) -> None:
     many = options.many
     if ranks.size > 1 and ((options.prompt is None and not options.ids) or many != Many()):
         raise OneblockError("several ranks go on with one prompt: give --prompt or --ids")
+    if ranks.size > 1 and options.loading.prompt_cache is not None:
+        raise OneblockError("--prompt-cache holds the keys of one process: leave it out on several ranks")
     prompt = asked(options) if many == Many() else None
     if prompt is None and (many.input is None or many.output is None or options.prompt is not None or options.ids):
         raise OneblockError("a file of prompts needs --input and --output, and no other prompt")

@@ -55,6 +55,7 @@ class Coded(nn.Module):
     def fill(self, codes: Tensor, found: Tensor | Ranges) -> None:
         """From plain rows: codes (N, K) of whole numbers from 0, and scales (N, 1) or, of 4 bits, ranges."""
         self.codes.copy_(packed(codes.to(torch.uint8), self.bits))
+        assert (self.groups is None) == isinstance(found, Tensor), "4 bits have ranges, 8 bits scales"
         if self.groups is not None and isinstance(found, Ranges):
             self.groups.copy_(tiled(torch.stack((found.factor, found.zero), -1)))
         self.scale.copy_(tiled((found.scale if isinstance(found, Ranges) else found)[:, 0]))
@@ -109,7 +110,8 @@ class Float8(nn.Module):
         return codes.float() * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.direct(x) if floats_multiply(x) else self.plain(x)
+        even = self.in_features % 16 == self.out_features % 16 == 0  # as the hardware wants them
+        return self.direct(x) if even and floats_multiply(x) else self.plain(x)
 
     def direct(self, x: Tensor) -> Tensor:
         """Activations in 8-bit floats too, with a scale for each token."""

@@ -27,7 +27,7 @@ EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs m
 
 @dataclass(frozen=True)
 class Bits:
-    """How many, and of how many columns each group is that shares a scale (4 bits; 8 bits have one for each row)."""
+    """How many; and of 4 bits, of how many columns each group is that has a range of its own."""
 
     bits: int = 8
     group: int = 64
@@ -209,7 +209,10 @@ def fill(model: Decoder, path: Path, stored: dict[str, Tensor], dtype: torch.dty
     for name, like in wanted.items():
         x = stored[name]
         if x.shape != like.shape:
-            raise OneblockError(f"{path}: tensor {name!r} has shape {list(x.shape)}, not {list(like.shape)}")
+            said = f"has shape {list(x.shape)}, not {list(like.shape)}"
+            raise OneblockError(f"{path}: tensor {name!r} {said}: quantize the model again")
+        if x.dtype != like.dtype and not isinstance(like, nn.Parameter):
+            raise OneblockError(f"{path}: tensor {name!r} is {x.dtype}, not {like.dtype}: quantize the model again")
         if isinstance(like, nn.Parameter):
             x = nn.Parameter(x.to(dtype) if dtype else x, requires_grad=False)
         put(model, name, x)

@@ -31,7 +31,7 @@ class QuantizeOptions:
     model: Positional[str]  # a model's folder, a .gguf file, or its org/name on the hub
     out: Positional[Path]  # the folder to write
     bits: int = 8  # 8 or 4
-    group: int = 64  # columns that share a scale, in 4 bits: 32, 64 or 128
+    group: int = 64  # columns that share a range, in 4 bits: 32, 64 or 128
     fp8: bool = False  # 8 bits as floats, which GPUs since Ada and Hopper multiply as they are
     calibrate: Path | None = None  # a text whose activations choose the 4-bit codes (GPTQ): slower, and closer
     report: bool = False  # write no model but a table and a plot of all ways, on --text

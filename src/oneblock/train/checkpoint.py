@@ -38,6 +38,7 @@ from oneblock.train.loop import State
 from oneblock.train.pipeline import Elsewhere
 
 PROGRESS, LATEST = "training.json", "latest"
+LINGER = 20.0  # seconds: a run that lost a rank is to end within 60
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Saver:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+
+    def linger(self) -> None:
+        """After a failure: let a save under way end, if it does within LINGER seconds."""
+        if self.thread is not None:
+            self.thread.join(LINGER)
 
     def _guarded(self, share: Share, progress: Progress) -> None:
         try:

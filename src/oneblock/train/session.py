@@ -143,6 +143,7 @@ class Session:
         try:
             yield
         finally:
+            self.saver.linger()
             for sink in self.sinks:
                 sink.close()
 

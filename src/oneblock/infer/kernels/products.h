@@ -11,7 +11,7 @@
 
 constexpr int64_t SHORT = 1536;  // numbers in a row
 constexpr int64_t AHEAD = 2048;  // bytes of codes that are fetched before they are needed
-constexpr int64_t MOST = 64;     // threads
+constexpr int64_t THREADS = 64;  // at most
 constexpr int64_t PIECES = 8;    // of a thread's run
 constexpr int SPINS = 1 << 14;   // that a thread waits for others before it lets them have the core
 
@@ -29,12 +29,12 @@ struct Stage {
 };
 
 // Stages one after another, in one parallel region: a stage begins when the one before is done, by whatever threads there
-// are. Each has one run of rows, which it goes through piece by piece; where it is done it helps the others with theirs,
+// are. Each thread has one run of a stage's rows, which it goes through piece by piece; where it is done it helps the others with theirs,
 // since a thread that is held up would hold up all.
 static void in_stages(const std::vector<Stage>& stages) {
-  struct Progress { std::atomic<int64_t> next[MOST], done; };
+  struct Progress { std::atomic<int64_t> next[THREADS], done; };
   std::vector<Progress> made(stages.size());
-  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), MOST);
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), THREADS);
   auto units = [](const Stage& s) { return (s.rows + s.unit - 1) / s.unit; };
   auto run = [&](const Stage& s) { return (units(s) + threads - 1) / threads; };
   for (size_t s = 0; s < stages.size(); s++) {
@@ -274,6 +274,8 @@ static void tile(const Matrix& w, int64_t t, const Codes& x, int64_t m, u16* y, 
     _mm256_mask_storeu_epi16(y + (m + b) * ldy + n, mask, (__m256i)_mm512_cvtneps_pbh(out[b]));
   }
 }
+
+// ---------------------------------------------------------------- of any kind
 
 // Matrices of one kind; of codes with scales, groups (4 bits) and how many columns of x share one; biases or none.
 static std::vector<Matrix> matrices(const Tensors& w, const Tensors& scales, const Tensors& groups, const Tensors& biases,
