@@ -14,7 +14,7 @@ import oneblock
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.calibrate import calibrate, corrected, products
-from oneblock.infer.codes import Ranges, in_4_bits, in_8_bits, packed, scale_of, unpacked
+from oneblock.infer.codes import Ranges, in_4_bits, in_8_bits, nearest_ranges, packed, scale_of, unpacked
 from oneblock.infer.linears import Coded, Float8
 from oneblock.infer.llm import LLM
 from oneblock.infer.quantize import Bits, CodedExperts, nearest, quantize
@@ -94,12 +94,22 @@ def test_large_weights_become_codes_part_by_part(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     weight = torch.randn(20, 128)
     scale = scale_of(weight, 64, 1.1)
-    whole = [in_4_bits(weight, 64, scale=s) for s in (None, scale)]
+    groups = weight.unflatten(1, (-1, 64))
+
+    def given(rows: slice) -> tuple[torch.Tensor, Ranges]:
+        found = nearest_ranges(groups[rows], scale[rows])
+        return found.codes(groups[rows]).flatten(1), found
+
+    (codes, found), (own, given_found) = in_4_bits(weight, 64), given(slice(0, 20))
     monkeypatch.setattr("oneblock.infer.codes.PART", 128 * 6)
-    for (codes, found), s in zip(whole, (None, scale), strict=True):
-        parts, again = in_4_bits(weight, 64, scale=s)
-        assert torch.equal(parts, codes)
-        assert torch.equal(again.numbers(parts.unflatten(1, (-1, 64))), found.numbers(codes.unflatten(1, (-1, 64))))
+    part, part_found = given(slice(6, 12))
+    assert torch.equal(part, own[6:12])
+    assert torch.equal(
+        part_found.numbers(part.unflatten(1, (-1, 64))), given_found.numbers(own.unflatten(1, (-1, 64)))[6:12]
+    )
+    parts, again = in_4_bits(weight, 64)
+    assert torch.equal(parts, codes)
+    assert torch.equal(again.numbers(parts.unflatten(1, (-1, 64))), found.numbers(codes.unflatten(1, (-1, 64))))
 
 
 def test_calibrated_codes_are_nearer_where_it_counts() -> None:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from oneblock.infer.codes import Ranges, in_4_bits, scale_of
+from oneblock.infer.codes import Ranges, nearest_ranges, scale_of
 from oneblock.infer.linears import Coded
 from oneblock.infer.quantize import Bits, Codes, Fill, nearest, replace, share_head
+from oneblock.infer.streamline import each_alone
 from oneblock.model import Decoder
 from oneblock.model.step import Step
 
@@ -56,19 +57,16 @@ def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
         found = x.T @ x
         sums[name] = sums[name].add_(found) if name in sums else found
 
-    # what puts one operator in the place of several layers would pass them over
-    joint = [(m, name, vars(m).pop(name)) for m in root.modules() for name in ("project", "inner") if name in vars(m)]
     hooks = []
     for name, module in root.named_modules():
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_hook(lambda m, args, y, name=name: add(name, args[0])))
     try:
-        yield sums
+        with each_alone(root):
+            yield sums
     finally:
         for hook in hooks:
             hook.remove()
-        for module, name, step in joint:
-            setattr(module, name, step)
 
 
 def filler(sums: dict[str, Tensor]) -> Fill:
@@ -88,7 +86,7 @@ def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, Ran
     for start in range(0, left.shape[1], group):
         end = start + group
         here, root = left[:, start:end], upper[start:end, start:end]
-        _, ranges = in_4_bits(here, group, products.diagonal()[start:end], scale)
+        ranges = nearest_ranges(here[:, None], scale, products.diagonal()[start:end])
         wrong = torch.empty_like(here)
         for j in range(group):
             column = here[:, j, None, None]

@@ -104,31 +104,27 @@ def ranges(scale: Tensor, low: Tensor, high: Tensor) -> Ranges:
     return Ranges(scale, factor, zero.clamp(0, 255))
 
 
-def in_4_bits(
-    weight: Tensor, group: int, importance: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Ranges]:
-    """Codes (N, K) and what they stand for: of ten ranges tried, the one with the least squared error.
-
-    `importance` (K,) weighs the columns: how large their activations are. `scale` (N, 1), if the rows have theirs.
-    """
-    weigh = 1.0 if importance is None else importance.float().view(1, -1, group)
+def in_4_bits(weight: Tensor, group: int) -> tuple[Tensor, Ranges]:
+    """Codes (N, K) and what they stand for, part by part."""
     codes, found = [], []
     step = max(PART // weight.shape[1], 1)
     for start in range(0, len(weight), step):
         rows = weight[start : start + step]
-        own = scale_of(rows, group) if scale is None else scale[start : start + step]
         groups = rows.float().unflatten(1, (-1, group))
-        found.append(nearest_ranges(groups, own, weigh))
+        found.append(nearest_ranges(groups, scale_of(rows, group)))
         codes.append(found[-1].codes(groups).flatten(1).to(torch.uint8))
     whole = zip(*((r.scale, r.factor, r.zero) for r in found), strict=True)
     return torch.cat(codes), Ranges(*map(torch.cat, whole))
 
 
-def nearest_ranges(groups: Tensor, scale: Tensor, weigh: Tensor | float) -> Ranges:
-    """Of groups (N, groups, G), whose squared errors count `weigh` times."""
+def nearest_ranges(groups: Tensor, scale: Tensor, importance: Tensor | float = 1.0) -> Ranges:
+    """Of groups (N, groups, G) of rows with these scales (N, 1): of ten tried, those with the least squared error.
+
+    `importance` (G,) weighs the columns: how large their activations are.
+    """
     low, high = groups.amin(-1), groups.amax(-1)
     tried = [ranges(scale, low * shrink, high * shrink) for shrink in torch.linspace(1.0, 0.64, 10).tolist()]
-    wrong = torch.stack([((r.numbers(r.codes(groups)) - groups).square() * weigh).sum(-1) for r in tried])
+    wrong = torch.stack([((r.numbers(r.codes(groups)) - groups).square() * importance).sum(-1) for r in tried])
     best = wrong.argmin(0, keepdim=True)
     factor, zero = (torch.stack([getattr(r, name) for r in tried]).gather(0, best)[0] for name in ("factor", "zero"))
     return Ranges(scale, factor, zero)

@@ -17,13 +17,13 @@ from oneblock import spec as s
 from oneblock.errors import OneblockError
 from oneblock.infer.codes import TILE
 from oneblock.infer.linears import Coded, Float8
-from oneblock.infer.quantize import CodedExperts
+from oneblock.infer.quantize import CodedExperts, Codes
 from oneblock.model import Decoder
 from oneblock.model.attention import Attention
 from oneblock.model.mlp import Experts, Mlp, Moe
 from oneblock.ranks import Ranks
 
-Layer = nn.Linear | Coded | Float8
+Layer = nn.Linear | Codes
 ROWS, COLUMNS = 0, 1
 
 

@@ -6,7 +6,8 @@ Done from outside and in place; parameters and their names stay. Without kernels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -189,6 +190,17 @@ def put(module: nn.Module, name: str, step: Callable[[Any], object]) -> None:
     """Have a step of a module done otherwise."""
     if name not in vars(module):
         setattr(module, name, step(module))
+
+
+@contextmanager
+def each_alone(root: nn.Module) -> Iterator[None]:
+    """Inside, every linear layer is called for its own product of many rows: for those who look at what it is given."""
+    joint = [(m, name, vars(m).pop(name)) for m in root.modules() for name in ("project", "inner") if name in vars(m)]
+    try:
+        yield
+    finally:
+        for module, name, step in joint:
+            setattr(module, name, step)
 
 
 def streamed(linear: nn.Linear) -> Streamed:

@@ -29,8 +29,8 @@ struct Stage {
 };
 
 // Stages one after another, in one parallel region: a stage begins when the one before is done, by whatever threads there
-// are. Each thread has one run of a stage's rows, which it goes through piece by piece; where it is done it helps the others with theirs,
-// since a thread that is held up would hold up all.
+// are. Each thread has one run of a stage's rows, which it goes through piece by piece; where it is done it helps the others
+// with theirs, since a thread that is held up would hold up all.
 static void in_stages(const std::vector<Stage>& stages) {
   struct Progress { std::atomic<int64_t> next[THREADS], done; };
   std::vector<Progress> made(stages.size());
@@ -283,13 +283,13 @@ static std::vector<Matrix> matrices(const Tensors& w, const Tensors& scales, con
   std::vector<Matrix> found;
   for (size_t i = 0; i < w.size(); i++) {
     auto* bias = biases.empty() ? nullptr : (const u16*)biases[i].const_data_ptr();
-    if (scales.empty()) {
-      found.push_back({(const u16*)w[i].const_data_ptr(), nullptr, nullptr, nullptr, bias, w[i].size(0), w[i].size(1), 0});
-      continue;
-    }
     auto* ranges = groups.empty() ? nullptr : (const uint8_t*)groups[i].const_data_ptr();
-    int64_t K = w[i].size(1) * (ranges ? 8 : 4);
-    found.push_back({nullptr, (const uint8_t*)w[i].const_data_ptr(), ranges, (const float*)scales[i].const_data_ptr(), bias, rows[i], K, blocks[i]});
+    int64_t K = w[i].size(1);
+    if (scales.empty())
+      found.push_back({(const u16*)w[i].const_data_ptr(), nullptr, nullptr, nullptr, bias, rows[i], K, 0});
+    else
+      found.push_back({nullptr, (const uint8_t*)w[i].const_data_ptr(), ranges, (const float*)scales[i].const_data_ptr(), bias,
+                       rows[i], K * (ranges ? 8 : 4), blocks[i]});
   }
   return found;
 }
