@@ -26,7 +26,7 @@ from common import Row, Side, answer, arguments, report, row, seconds
 
 IN, OUT, LONG = 128, 128, 512
 SHAPES: dict[str, dict[str, int]] = {
-    "100m": {"vocab": 32_000, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "hidden": 2048},
+    "100m": {"vocab": 32_000, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "hidden_dim": 2048},
     "1b": {},
 }
 FORMS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # ours, and llama.cpp's
@@ -49,7 +49,7 @@ Run = Callable[[str, int], float]  # (decode or prefill, texts at a time) -> tok
 def make(folder: Path, name: str, llama: bool) -> None:
     """A folder for transformers and us, one of each of our codes, and a file for each of llama.cpp's."""
     import oneblock
-    from oneblock.infer.quantize import Bits, quantize, write_quantized
+    from oneblock.quant.quantize import QuantConfig, quantize, write_quantized
     from oneblock.store import save_model
     from oneblock.store.gguf import save_gguf
     from oneblock.store.load import on_meta
@@ -67,7 +67,7 @@ def make(folder: Path, name: str, llama: bool) -> None:
     for form, kind in FORMS.items():
         if llama and (name, form) in {(case[1], case[2]) for case in CASES}:
             save_gguf(folder / f"{name}-{form}.gguf", model, words, kind)
-    for bits in (Bits(8), Bits(4, 64)) if name == "1b" else ():
+    for bits in (QuantConfig(8), QuantConfig(4, 64)) if name == "1b" else ():
         coded = folder / f"{name}-int{bits.bits}"
         coded.mkdir()
         write_quantized(coded, quantize(oneblock.load(folder / f"{name}-bf16").model, bits), bits)
@@ -79,7 +79,7 @@ def make(folder: Path, name: str, llama: bool) -> None:
 def ours(folder: Path, compile: str) -> Run:
     """As `oneblock generate` has it."""
     import oneblock
-    from oneblock.memory import MOST, reuse_memory
+    from oneblock.kernels.heap import MOST, reuse_memory
 
     reuse_memory(MOST)
     llm = oneblock.load(folder)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common import Row, arguments, cpu_name, report, row
-from oneblock.memory import reuse_memory
+from oneblock.kernels.heap import reuse_memory
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import memory, params
 from oneblock.spec import Spec, spec
-from oneblock.train.gate import over
 from oneblock.train.machine import peak_memory, product_dtype
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
+from oneblock.train.preflight import over
 
 if TYPE_CHECKING:
-    from oneblock.train.world import World
+    from oneblock.parallel.world import World
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 
@@ -52,7 +52,7 @@ class Case:
         )
 
 
-MIXTURE = {"n_layers": 4, "vocab": 16_000, "dim": 768, "hidden": 2048, "n_heads": 12, "n_kv_heads": 4}
+MIXTURE = {"n_layers": 4, "vocab": 16_000, "dim": 768, "hidden_dim": 2048, "n_heads": 12, "n_kv_heads": 4}
 LLAMA = {"n_layers": 3, "vocab": 32_000}
 CASES = {
     "gpt2": Case("gpt2", {}, 4, 512),
@@ -75,7 +75,7 @@ SERVED = ("gpt2", "llama", "gemma3", "qwen3", "pythia", "mixtral")
 
 def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
     """Bytes planned and measured of three training steps; of several ranks, those of the one that has most."""
-    from oneblock.train.world import together
+    from oneblock.parallel.world import together
 
     with together(case.mesh, str(device)) as world:
         before = settled(device)
@@ -84,15 +84,15 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
         if world.size > 1:
             torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
     dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), over(world.mesh)
-    setup = memory.Setup(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=parts)
+    setup = memory.TrainingConfig(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=parts)
     return memory.training(case.spec, case.context, case.batch // world.data_ranks, setup).total, int(held)
 
 
 def steps(case: Case, device: torch.device, world: World) -> None:
-    from oneblock.data.rows import Batch
-    from oneblock.train import parallel
-    from oneblock.train.assemble import learner_for
-    from oneblock.train.loop import Engine, start
+    from oneblock.data.packed import Batch
+    from oneblock.parallel import parallelize as parallel
+    from oneblock.train.build import learner_for
+    from oneblock.train.loop import TrainStep, start
 
     loop, rows = Loop(recompute=case.recompute, device=str(device), compile="off"), case.batch // world.data_ranks
     model = Decoder(case.spec)
@@ -103,7 +103,7 @@ def steps(case: Case, device: torch.device, world: World) -> None:
     ids = torch.randint(model.spec.vocab, (rows, case.context + 1))
     data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * case.context)
     learner = parallel.wrap(learner_for(model, loop, Objective(), None, world), world)
-    engine = Engine(learner, lambda n: data, loop, Optimizer(), Schedule(), world)
+    engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), world)
     for _ in range(3):
         engine.update(state)
 

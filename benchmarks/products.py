@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from common import Row, alternate, arguments, report, row, seconds
-from oneblock.infer.linears import Coded, product
-from oneblock.infer.quantize import nearest
-from oneblock.infer.streamline import streamed
+from oneblock.kernels.cpu_modules import streamed
+from oneblock.quant.linear import QuantizedLinear, product
+from oneblock.quant.quantize import nearest
 
 OUT, IN, MATRICES = 8192, 2048, 12
 ROWS = (1, 4, 8, 16, 32)
@@ -31,7 +31,7 @@ def layers(weights: list[torch.Tensor], group: int | None) -> list[torch.nn.Modu
         if group is None:
             found.append(streamed(plain))
             continue
-        coded = Coded(OUT, IN, group)
+        coded = QuantizedLinear(OUT, IN, group)
         nearest("", coded, weight)
         found.append(coded)
     return found

@@ -26,16 +26,16 @@ import torch
 
 import peers
 from common import Row, alternate, arguments, report, row, seconds
-from oneblock.data.rows import in_order
-from oneblock.memory import reuse_memory
-from oneblock.train.assemble import learner_for
+from oneblock.data.packed import in_order
+from oneblock.kernels.heap import reuse_memory
+from oneblock.parallel.world import World
+from oneblock.train.build import learner_for
 from oneblock.train.loop import Metrics, State, train
 from oneblock.train.losses import evaluate
 from oneblock.train.machine import precision
 from oneblock.train.options import Dropouts, Loop, Objective, Optimizer, Schedule, Sizes, Start, Train
 from oneblock.train.prepare import Job, dropout_of, prepare
-from oneblock.train.session import fresh
-from oneblock.train.world import World
+from oneblock.train.trainer import fresh
 
 GOAL, LARGE_GOAL = 1.88, 1.4697
 DATA = Path(os.environ.get("ONEBLOCK_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -50,7 +50,7 @@ def ours_setting(compile: bool) -> Train:
         tokenizer="chars",
         model="qwen3",
         context=CONTEXT,
-        sizes=Sizes(dim=128, n_layers=4, n_heads=4, n_kv_heads=1, head_dim=32, hidden=340),
+        sizes=Sizes(dim=128, n_layers=4, n_heads=4, n_kv_heads=1, head_dim=32, hidden_dim=340),
         start=Start(zero_out=True, embed_std=0.3),
         loop=Loop(steps=90, batch=32, seed=1337, compile="on" if compile else "off"),
         optimizer=Optimizer("muon", lr=3e-2, matrix_lr=2e-2, beta2=0.95, momentum=0.85),
@@ -64,7 +64,7 @@ def large_setting(minutes: float) -> Train:
         tokenizer="chars",
         model="qwen3",
         context=256,
-        sizes=Sizes(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64, hidden=1024),
+        sizes=Sizes(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64, hidden_dim=1024),
         start=Start(zero_out=True, embed_std=0.3),
         dropouts=Dropouts(embed_dropout=0.1, residual_dropout=0.1),
         loop=Loop(seconds=60 * minutes, batch=32, seed=1337, compile="on"),

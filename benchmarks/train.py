@@ -31,14 +31,14 @@ WORDS, ROWS, LENGTH = 128_256, 2, 1024  # of the loss's memory
 
 def ours(model_name: str = "gpt2", batch: int = BATCH, context: int = CONTEXT, **changes: int) -> Callable[[], None]:
     """A step as `oneblock train` makes it."""
-    from oneblock.data.rows import Batch
-    from oneblock.memory import reuse_memory
+    from oneblock.data.packed import Batch
+    from oneblock.kernels.heap import reuse_memory
     from oneblock.model import Decoder, init_weights
+    from oneblock.parallel.world import World
     from oneblock.spec import spec
-    from oneblock.train.loop import Engine, Learner, start
+    from oneblock.train.loop import ModelWithLoss, TrainStep, start
     from oneblock.train.losses import pretraining
     from oneblock.train.options import Loop, Optimizer, Schedule
-    from oneblock.train.world import World
 
     reuse_memory()
     model = Decoder(spec(model_name, **changes))
@@ -46,7 +46,7 @@ def ours(model_name: str = "gpt2", batch: int = BATCH, context: int = CONTEXT, *
     state = start(model, Optimizer())
     ids = torch.randint(model.spec.vocab, (batch, context + 1))
     data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), batch * context)
-    engine = Engine(Learner(model, pretraining), lambda n: data, Loop(), Optimizer(), Schedule(), World())
+    engine = TrainStep(ModelWithLoss(model, pretraining), lambda n: data, Loop(), Optimizer(), Schedule(), World())
     return lambda: (engine.update(state), None)[1]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "oneblock"
-ORDER = ["errors", "config", "compiler", "memory", "ranks", "spec", "plan", "text", "model", "store", "infer", "data"]
-ORDER += ["train", "lineage", "demo", "cli", "__init__", "__main__"]
+ORDER = ["errors", "config", "files", "units", "constants", "spec", "plan", "text", "images", "model", "kernels"]
+ORDER += ["quant", "adapters", "parallel", "store", "infer", "data", "train", "tune", "eval", "trace", "serve"]
+ORDER += ["lineage", "demo", "cli", "__init__", "__main__"]
 LIGHT = ["spec", "plan"]  # these stand on the standard library alone
 
 

@@ -43,7 +43,7 @@ def is_method(function: Function) -> bool:
 
 def is_builder(path: Path, function: Function) -> bool:
     """A family's builder: its keywords are every field a model of the family can vary, so there are many."""
-    return path.parent.name == "spec" and not function.args.args and bool(function.args.kwonlyargs)
+    return path.parent.name == "families" and not function.args.args and bool(function.args.kwonlyargs)
 
 
 # ------------------------------------------------------------------ size

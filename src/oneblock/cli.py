@@ -27,7 +27,7 @@ COMMANDS = {
     "diff": Command("what changed from one architecture to another, in words", "oneblock.lineage.commands:diff"),
     "data": Command("prepare text as token shards, check them, look at them", "oneblock.data.commands:data"),
     "train": Command("train a model on your own text", "oneblock.train.commands:train"),
-    "runs": Command("list training runs, or plot several together", "oneblock.train.compare:runs"),
+    "runs": Command("list training runs, or plot several together", "oneblock.train.runs_command:runs"),
     "generate": Command("complete a prompt", "oneblock.infer.commands:generate"),
     "chat": Command("talk with a model in the terminal", "oneblock.infer.commands:chat"),
     "export": Command("write a model as one GGUF file, for llama.cpp and its kin", "oneblock.store.commands:export"),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import math
 import re
 import sys
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -25,6 +26,64 @@ from oneblock.errors import OneblockError
 
 T = TypeVar("T")
 FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a numeric option may take: `lr: Annotated[float, Range(above=0)] = 1e-3`.
+
+    NaN and infinity are never in range. For an optional option None is always allowed, for a tuple every element is
+    checked. `check_ranges` enforces it, for flags, TOML and the Python API alike, and `--help` shows it.
+    """
+
+    low: float | None = None  # smallest value allowed
+    high: float | None = None  # largest value allowed
+    above: float | None = None  # exclusive lower bound
+    below: float | None = None  # exclusive upper bound
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """`at least 0 and below 1`."""
+        words = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
+        return " and ".join(f"{word} {bound:,}" for word, bound in words if bound is not None)
+
+
+def range_of(hint: Any) -> Range | None:
+    """The `Range` in an `Annotated` hint; None where there is none."""
+    return next((note for note in get_args(hint)[1:] if isinstance(note, Range)), None) if is_annotated(hint) else None
+
+
+def is_annotated(hint: Any) -> bool:
+    return get_origin(hint) is Annotated
+
+
+def check_ranges(options: Any) -> None:
+    """Raise OneblockError naming the first number of a dataclass, nested ones included, that is outside its Range."""
+    for name, hint in hints(type(options)).items():
+        value, limits = getattr(options, name), range_of(hint)
+        if is_dataclass(value):
+            check_ranges(value)
+        elif limits is not None and value is not None:
+            check_range(name, value, limits)
+
+
+def check_range(name: str, value: Any, limits: Range) -> None:
+    """Raise OneblockError unless the number, or every number of the tuple, lies within the limits."""
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if number not in limits:
+            raise OneblockError(f"{name} is {number!r}, but it must be {limits}")
+
+
+SEED = Range(0, 2**63 - 1)  # what torch.Generator.manual_seed takes without wrapping
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -39,7 +98,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 def plain(hint: Any) -> Any:
     """The type without its `Annotated` wrapping."""
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_args(hint)[0] if is_annotated(hint) else hint
 
 
 # ------------------------------------------------------------------ flags
@@ -96,7 +155,11 @@ def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
-            return call() if path is None else call(default=load_toml(cls, path))
+            options = call() if path is None else call(default=load_toml(cls, path))
+        check_ranges(options)
+        return options
+    except OneblockError as error:
+        raise refuse(prog, str(error)) from None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -18,7 +18,7 @@ from oneblock.errors import OneblockError
 if TYPE_CHECKING:
     from oneblock.train.loop import Metrics, State
     from oneblock.train.options import Train
-    from oneblock.train.session import Session
+    from oneblock.train.trainer import Trainer
 
 SIZE = 6_000_000  # characters of source to learn from
 LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "_bundled"}
@@ -52,12 +52,12 @@ def demo(options: Demo) -> None:
     print(f"\nDone in {time.perf_counter() - began:.0f} seconds. {farewell(run)}")
 
 
-def begin(run: Path, text: Path, options: Demo, began: float) -> Session:
+def begin(run: Path, text: Path, options: Demo, began: float) -> Trainer:
     from oneblock.train.commands import summary
     from oneblock.train.prepare import prepare
+    from oneblock.train.progress import Show
     from oneblock.train.run import record
-    from oneblock.train.session import Session, fresh
-    from oneblock.train.show import Show
+    from oneblock.train.trainer import Trainer, fresh
 
     plan = settings(text, options.seed)
     job = prepare(plan)
@@ -66,7 +66,7 @@ def begin(run: Path, text: Path, options: Demo, began: float) -> Session:
     plan = timed(plan, max(left, 5.0))
     record(run, plan)
     print(summary(job, plan) + "\n")
-    return Session(job, plan, run, state, Show(plan.loop))
+    return Trainer(job, plan, run, state, Show(plan.loop))
 
 
 def settings(text: Path, seed: int) -> Train:
@@ -78,7 +78,7 @@ def settings(text: Path, seed: int) -> Train:
         tokenizer="bpe",
         vocab=1024,
         context=128,
-        sizes=Sizes(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, hidden=512),
+        sizes=Sizes(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, hidden_dim=512),
         loop=Loop(batch=24, seed=seed),
         start=Start(zero_out=True, embed_std=0.3),
         optimizer=Optimizer("muon", lr=3e-2, matrix_lr=2e-2, beta2=0.95, momentum=0.9),
@@ -96,7 +96,7 @@ def timed(plan: Train, seconds: float) -> Train:
 class Looks:
     """Shows what the model writes at a few points of the run, and keeps the steps fast."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Trainer):
         self.session, self.due = session, list(LOOKS)
         self.threads, self.last = Threads(), time.perf_counter()
 
@@ -146,7 +146,7 @@ class Threads:
         self.set(self.now)
 
 
-def write(session: Session) -> None:
+def write(session: Trainer) -> None:
     """The end of the demonstration: the loss on text it has not seen, and a few completions."""
     import torch
 

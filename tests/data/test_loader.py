@@ -12,7 +12,7 @@ import torch
 
 from oneblock.data import loader as loaders
 from oneblock.data.loader import Loader
-from oneblock.data.rows import Rows
+from oneblock.data.packed import PackedDataset
 from oneblock.errors import OneblockError
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
 def order(samples: int, epochs: int, ranks: int, workers: int) -> list[int]:
     """The first ids of all rows, in the global order that the ranks' batches make."""
     text = np.arange(samples // epochs * 2 + 2, dtype=np.uint32)
-    rows = Rows(text, 2, 40, seed=7)
+    rows = PackedDataset(text, 2, 40, seed=7)
     assert rows.sources[0].rows == samples // epochs
     found: list[list[int]] = [[] for _ in range(samples // 40)]
     for rank in range(ranks):
@@ -49,14 +49,14 @@ def test_the_order_is_the_same_with_any_ranks_and_workers() -> None:
 
 
 def test_it_goes_on_from_anywhere() -> None:
-    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
+    rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
     with Loader(rows, workers=1) as load:
         for n in (5, 6, 7, 3, 4, 100, 101):
             assert torch.equal(load(n).ids, rows.batch(n).ids)
 
 
 def test_a_worker_that_dies_ends_in_one_line() -> None:
-    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
+    rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
     with Loader(rows, workers=1) as load:
         load(0)
         os.kill(load.stream._workers[0].pid, signal.SIGKILL)
@@ -70,7 +70,7 @@ def test_a_worker_that_dies_ends_in_one_line() -> None:
 
 def test_a_worker_that_hangs_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders, "PATIENCE", 1.0)
-    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
+    rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
     with Loader(rows, workers=1) as load:
         load(0)
         os.kill(load.stream._workers[0].pid, signal.SIGSTOP)
@@ -80,6 +80,6 @@ def test_a_worker_that_hangs_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_batch_that_does_not_divide_is_told_at_once() -> None:
-    rows = Rows(np.arange(1000, dtype=np.uint16), 8, 6, seed=0)
+    rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 6, seed=0)
     with pytest.raises(OneblockError, match="6 rows does not divide by 4 ranks"):
         Loader(rows, 0, 4)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneblock.data.rows import BLOCK, IGNORE, Batch, Rows, counts, in_order, shares
+from oneblock.data.packed import BLOCK, IGNORE, Batch, PackedDataset, counts, in_order, shares
 from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, init_weights
@@ -31,9 +31,9 @@ def test_parts_read_as_one(sizes: list[int], length: int, data: st.DataObject) -
 
 
 def test_shards_give_the_batches_of_one_array() -> None:
-    parts = Rows(Tokens(np.split(TEXT, [300, 301, 700])), 16, 4, seed=1)
+    parts = PackedDataset(Tokens(np.split(TEXT, [300, 301, 700])), 16, 4, seed=1)
     for n in range(20):
-        assert torch.equal(parts.batch(n).ids, Rows(TEXT, 16, 4, seed=1).batch(n).ids)
+        assert torch.equal(parts.batch(n).ids, PackedDataset(TEXT, 16, 4, seed=1).batch(n).ids)
 
 
 # ------------------------------------------------------------------ ranks and weights
@@ -41,7 +41,7 @@ def test_shards_give_the_batches_of_one_array() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_share_a_batch(ranks: int) -> None:
-    rows = Rows([Tokens([TEXT]), Tokens([TEXT + 1000])], 16, 8, seed=0)
+    rows = PackedDataset([Tokens([TEXT]), Tokens([TEXT + 1000])], 16, 8, seed=0)
     for n in range(10):
         parts = [rows.batch(n, rank, ranks) for rank in range(ranks)]
         assert torch.equal(torch.cat([p.ids for p in parts]), rows.batch(n).ids)
@@ -50,7 +50,7 @@ def test_ranks_share_a_batch(ranks: int) -> None:
 
 def test_a_batch_that_does_not_divide() -> None:
     with pytest.raises(OneblockError, match="batch of 6 rows does not divide by 4 ranks"):
-        Rows(TEXT, 16, 6, seed=0).batch(0, 1, 4)
+        PackedDataset(TEXT, 16, 6, seed=0).batch(0, 1, 4)
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 10**7))
@@ -64,9 +64,9 @@ def test_shares_are_met_at_every_point(weights: list[float], rows: int) -> None:
 
 def test_a_mixture_is_pure_and_repeats_nothing_within_a_texts_epoch() -> None:
     texts = [Tokens([TEXT]), Tokens([TEXT[:500] + 1000]), Tokens([TEXT[:100] + 2000])]
-    rows = Rows(texts, 4, 8, seed=5, weights=[0.7, 0.2, 0.1])
+    rows = PackedDataset(texts, 4, 8, seed=5, weights=[0.7, 0.2, 0.1])
     seen = [rows.batch(n).ids for n in range(300)]
-    again = Rows(texts, 4, 8, seed=5, weights=[0.7, 0.2, 0.1])
+    again = PackedDataset(texts, 4, 8, seed=5, weights=[0.7, 0.2, 0.1])
     for n in (299, 0, 150, 131, 132):
         assert torch.equal(again.batch(n).ids, seen[n])
     first = torch.cat(seen)[:, 0].numpy()
@@ -88,7 +88,7 @@ def test_a_mixture_is_pure_and_repeats_nothing_within_a_texts_epoch() -> None:
 )
 def test_weights_that_are_none(weights: list[float], said: str) -> None:
     with pytest.raises(OneblockError, match=said):
-        Rows([Tokens([TEXT]), Tokens([TEXT])], 16, 2, seed=0, weights=weights)
+        PackedDataset([Tokens([TEXT]), Tokens([TEXT])], 16, 2, seed=0, weights=weights)
 
 
 # ------------------------------------------------------------------ documents
@@ -153,4 +153,4 @@ def test_a_slice_keeps_its_documents() -> None:
 
 def test_text_without_documents() -> None:
     with pytest.raises(OneblockError, match="does not say where its documents end"):
-        Rows(TEXT, 16, 2, seed=0, documents=True)
+        PackedDataset(TEXT, 16, 2, seed=0, documents=True)

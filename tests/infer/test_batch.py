@@ -17,7 +17,7 @@ import oneblock
 from oneblock import OneblockError, cli
 from oneblock.infer import batch
 from oneblock.infer.batch import Output, Reader, Result, complete_file, replies, rows_that_fit
-from oneblock.infer.generate import Texts
+from oneblock.infer.generate import Sequences
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import FAMILIES
@@ -28,7 +28,7 @@ END = 256
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    model = Decoder(oneblock.spec("llama", vocab=257, context=200, dim=32, n_layers=2, n_heads=2, hidden=48))
+    model = Decoder(oneblock.spec("llama", vocab=257, context=200, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
     init_weights(model, 1)
     return LLM(model, byte_level(), generation={"eos_token_id": END})
 
@@ -100,8 +100,8 @@ def test_rows_that_go_on_are_read_again(name: str) -> None:
 
 def test_batches_are_kept_full(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    advance = Texts.advance
-    monkeypatch.setattr(Texts, "advance", lambda self: (sizes.append(len(self.rows)), advance(self))[1])
+    advance = Sequences.advance
+    monkeypatch.setattr(Sequences, "advance", lambda self: (sizes.append(len(self.rows)), advance(self))[1])
     rows = [{"prompt": "x", "max_tokens": 5 + i * 7 % 50, "ignore_eos": True} for i in range(24)]
     jobs = [Reader(llm, {"seed": 0}).job(n, row) for n, row in enumerate(rows, 1)]
     assert len(list(replies(llm, jobs, 8))) == 24

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from oneblock.errors import OneblockError
-from oneblock.infer.generate import Request, Texts, check, context_limit, events, room
-from oneblock.infer.sample import Sampling
+from oneblock.infer.generate import Request, Sequences, check, context_limit, events, room
+from oneblock.infer.sample import SamplingParams
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES, Dynamic, LongRope, Rope, Spec, Yarn
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def random_model(spec: Spec, seed: int = 0) -> Decoder:
@@ -32,7 +32,7 @@ def some_prompts(vocab: int, lengths: tuple[int, ...], seed: int = 1) -> list[li
 
 def replies(model: Decoder, prompts: list[list[int]], request: Request) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in prompts]
-    for event in events(Texts(model, prompts, 64), request, [None] * len(prompts)):
+    for event in events(Sequences(model, prompts, 64), request, [None] * len(prompts)):
         found[event.row].append(event.id)
     return found
 
@@ -59,14 +59,14 @@ def test_a_prompt_read_in_chunks_is_the_same(name: str, monkeypatch: pytest.Monk
     model = random_model(FAMILIES[name]())
     prompts = some_prompts(model.spec.vocab, (3, 90, 41))
     whole = [replies(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)]
-    longest, inner = [], model.hidden
+    longest, inner = [], model.hidden_states
 
-    def hidden(ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+    def hidden_states(ids: torch.Tensor, **rest: Any) -> torch.Tensor:
         longest.append(ids.numel())
         return inner(ids, **rest)
 
     monkeypatch.setattr("oneblock.infer.generate.CHUNK", 24)
-    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model, "hidden_states", hidden_states)
     assert [replies(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)] == whole
     scaled = {type(layer.attn.rope.scaling) for layer in model.spec.pattern if layer.attn.rope}
     assert max(longest) <= 24 or scaled & {LongRope, Dynamic}
@@ -95,7 +95,7 @@ def test_a_row_at_its_limit_leaves_before_its_positions_run_out():
 def test_sampled_rows_equal_alone():
     model = random_model(FAMILIES["qwen3"]())
     prompts = some_prompts(model.spec.vocab, (4, 11, 2))
-    sampling = Sampling(0.8, top_p=0.9, repetition_penalty=1.2)
+    sampling = SamplingParams(0.8, top_p=0.9, repetition_penalty=1.2)
     together = replies(model, prompts, Request(sampling, max_tokens=10, seeds=(5, 6, 7)))
     for row, seed in enumerate((5, 6, 7)):
         alone = replies(model, prompts[row : row + 1], Request(sampling, max_tokens=10, seeds=(seed,)))
@@ -105,7 +105,7 @@ def test_sampled_rows_equal_alone():
 def test_seeds():
     model = random_model(FAMILIES["llama"]())
     prompts = some_prompts(model.spec.vocab, (4,))
-    flat = Sampling(temperature=50.0)
+    flat = SamplingParams(temperature=50.0)
 
     def run(*seeds: int) -> list[list[int]]:
         return replies(model, prompts, Request(flat, max_tokens=12, seeds=seeds))
@@ -117,8 +117,8 @@ def test_seeds():
 def test_logprobs_are_those_of_the_full_model():
     model = random_model(FAMILIES["llama"]())
     [prompt] = some_prompts(model.spec.vocab, (6,))
-    request = Request(Sampling(0.7, top_k=5), max_tokens=5, seeds=(3,), logprobs=3)
-    found = list(events(Texts(model, [prompt], 16), request, [None]))
+    request = Request(SamplingParams(0.7, top_k=5), max_tokens=5, seeds=(3,), logprobs=3)
+    found = list(events(Sequences(model, [prompt], 16), request, [None]))
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + [e.id for e in found]]))[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)
@@ -151,7 +151,7 @@ def test_longrope_reads_everything_again_when_its_angles_change(lengths):
 def test_a_second_text_reuses_what_both_begin_with(name):
     model = random_model(longrope() if name == "longrope" else FAMILIES[name]())
     first, second, third = some_prompts(model.spec.vocab, (12, 90, 6))
-    texts, request = Texts(model, [first], 16), Request(GREEDY, max_tokens=5)
+    texts, request = Sequences(model, [first], 16), Request(GREEDY, max_tokens=5)
     reply = [e.id for e in events(texts, request, [None])]
     longer = first + reply + second
     for prompt in (longer, first + reply[:2] + third, first, first, third):
@@ -164,7 +164,7 @@ def test_a_second_text_reuses_what_both_begin_with(name):
 def test_the_common_part_is_not_fed_again():
     model = random_model(FAMILIES["llama"]())
     first, more = some_prompts(model.spec.vocab, (12, 8))
-    texts = Texts(model, [first], 64)
+    texts = Sequences(model, [first], 64)
     reply = [e.id for e in events(texts, Request(GREEDY, max_tokens=5), [None])]
     texts.replace(first + reply + more)
     assert texts.cache.length == 12 + 4, "all but the last token of the reply"
@@ -198,7 +198,7 @@ def test_wrong_ids_are_refused(ids):
 
 def test_wrong_bias_and_max_tokens_are_refused():
     with pytest.raises(OneblockError, match="logit_bias for 64"):
-        check(FAMILIES["llama"](vocab=64), [[1]], Request(Sampling(logit_bias={64: 1.0})))
+        check(FAMILIES["llama"](vocab=64), [[1]], Request(SamplingParams(logit_bias={64: 1.0})))
     for n in (0, -5):
         with pytest.raises(OneblockError, match="max_tokens"):
             Request(max_tokens=n)

@@ -13,12 +13,12 @@ from oneblock.errors import OneblockError
 from oneblock.infer.sample import (
     Counts,
     Sampler,
-    Sampling,
-    adjusted,
+    SamplingParams,
     choose,
     distribution,
     draw,
     logprobs,
+    process_logits,
     top_logprobs,
 )
 
@@ -38,7 +38,7 @@ def support(probabilities: torch.Tensor) -> list[set[int]]:
 # ------------------------------------------------------------------ against transformers
 
 
-def reference(logits: torch.Tensor, sampling: Sampling, prompts: list[list[int]] | None = None) -> torch.Tensor:
+def reference(logits: torch.Tensor, sampling: SamplingParams, prompts: list[list[int]] | None = None) -> torch.Tensor:
     """transformers' warpers in its own order; rows have prompts of one length."""
     processors = pytest.importorskip("transformers.generation.logits_process")
     ids = torch.tensor(prompts) if prompts else torch.zeros(len(logits), 0, dtype=torch.long)
@@ -71,17 +71,17 @@ def reference(logits: torch.Tensor, sampling: Sampling, prompts: list[list[int]]
 def test_equals_transformers(seed, vocab, temperature, k, p, m, repetition):
     logits = some_logits(seed, vocab)
     prompts = torch.randint(0, vocab, (2, 6), generator=torch.Generator().manual_seed(seed)).tolist()
-    sampling = Sampling(temperature, k, p, m, repetition_penalty=repetition)
-    ours = distribution(adjusted(logits, sampling, Counts(prompts, vocab)), sampling)
+    sampling = SamplingParams(temperature, k, p, m, repetition_penalty=repetition)
+    ours = distribution(process_logits(logits, sampling, Counts(prompts, vocab)), sampling)
     torch.testing.assert_close(ours, reference(logits, sampling, prompts), atol=1e-5, rtol=1e-4)
 
 
 def test_repetition_counts_prompt_and_reply():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 1.0]])
-    sampling = Sampling(repetition_penalty=2.0)
+    sampling = SamplingParams(repetition_penalty=2.0)
     counts = Counts([[0, 1, 1]], 5)
     counts.add(torch.tensor([2]))
-    assert adjusted(logits, sampling, counts).tolist() == [[1.0, -4.0, 1.0, -2.0, 1.0]]
+    assert process_logits(logits, sampling, counts).tolist() == [[1.0, -4.0, 1.0, -2.0, 1.0]]
 
 
 def test_presence_and_frequency_count_the_reply_only():
@@ -90,14 +90,14 @@ def test_presence_and_frequency_count_the_reply_only():
     counts = Counts([[3, 3]], 4)
     for token in (0, 1, 1):
         counts.add(torch.tensor([token]))
-    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    assert adjusted(logits, sampling, counts).tolist() == [[-0.75, -1.0, 0.0, 0.0]]
+    sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    assert process_logits(logits, sampling, counts).tolist() == [[-0.75, -1.0, 0.0, 0.0]]
 
 
 def test_bias_adds_and_bans():
     logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    sampling = Sampling(temperature=0, logit_bias={2: -math.inf, 1: 0.5})
-    assert adjusted(logits, sampling, None).tolist() == [[1.0, 2.5, -math.inf], [3.0, 2.5, -math.inf]]
+    sampling = SamplingParams(temperature=0, logit_bias={2: -math.inf, 1: 0.5})
+    assert process_logits(logits, sampling, None).tolist() == [[1.0, 2.5, -math.inf], [3.0, 2.5, -math.inf]]
     assert choose(logits, sampling, None, None).tolist() == [1, 0]
 
 
@@ -119,7 +119,7 @@ def plain_top_p(probabilities: list[float], p: float) -> set[int]:
 def test_top_p_is_the_smallest_set_with_the_mass(seed, vocab, p, scale):
     logits = some_logits(seed, vocab, scale=scale)
     full = logits.softmax(-1)
-    cut = distribution(logits, Sampling(top_p=p))
+    cut = distribution(logits, SamplingParams(top_p=p))
     for before, row, kept in zip(full.double(), cut, support(cut), strict=True):
         expected = plain_top_p(before.tolist(), p)
         mass = before[sorted(kept)].sum().item()
@@ -132,12 +132,12 @@ def test_top_p_is_the_smallest_set_with_the_mass(seed, vocab, p, scale):
 @given(seed=seeds, vocab=vocabularies, k=st.integers(1, 60))
 def test_top_k_keeps_k(seed, vocab, k):
     logits = some_logits(seed, vocab)
-    for row, kept in zip(logits, support(distribution(logits, Sampling(top_k=k))), strict=True):
+    for row, kept in zip(logits, support(distribution(logits, SamplingParams(top_k=k))), strict=True):
         assert kept == set(row.topk(min(k, vocab)).indices.tolist())
 
 
 def test_top_k_keeps_ties():
-    kept = support(distribution(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), Sampling(top_k=2)))
+    kept = support(distribution(torch.tensor([[1.0, 3.0, 1.0, 0.0]]), SamplingParams(top_k=2)))
     assert kept == [{0, 1, 2}]
 
 
@@ -146,7 +146,7 @@ def test_top_k_keeps_ties():
 def test_min_p_is_relative_to_the_likeliest(seed, vocab, m):
     logits = some_logits(seed, vocab)
     full = logits.softmax(-1)
-    for row, kept in zip(full, support(distribution(logits, Sampling(min_p=m))), strict=True):
+    for row, kept in zip(full, support(distribution(logits, SamplingParams(min_p=m))), strict=True):
         surely = set((row > m * row.max() * 1.0001).nonzero()[:, 0].tolist())
         at_most = set((row > m * row.max() * 0.9999).nonzero()[:, 0].tolist())
         assert surely <= kept <= at_most
@@ -158,7 +158,7 @@ def test_min_p_is_relative_to_the_likeliest(seed, vocab, m):
 def test_permuting_the_vocabulary_permutes_the_distribution(seed, k, p, m):
     logits = some_logits(seed, 30)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
-    sampling = Sampling(0.8, k, p, m)
+    sampling = SamplingParams(0.8, k, p, m)
     permuted = distribution(logits[:, order], sampling)
     torch.testing.assert_close(permuted, distribution(logits, sampling)[:, order], atol=1e-6, rtol=1e-4)
 
@@ -173,7 +173,15 @@ def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.5), Sampling(1.5, top_k=4), Sampling(top_p=0.7), Sampling(min_p=0.2)], ids=str
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(0.5),
+        SamplingParams(1.5, top_k=4),
+        SamplingParams(top_p=0.7),
+        SamplingParams(min_p=0.2),
+    ],
+    ids=str,
 )
 def test_draws_follow_the_distribution(sampling):
     n, vocab = 20_000, 8
@@ -188,7 +196,7 @@ def test_draws_follow_the_distribution(sampling):
 def test_the_samplers_stream_follows_the_distribution():
     """Thousands of draws from one row's own generator."""
     logits = some_logits(5, 6, rows=1, scale=1.0)
-    sampler = Sampler(Sampling(), [11], [[0]], 6)
+    sampler = Sampler(SamplingParams(), [11], [[0]], 6)
     drawn = torch.cat([sampler.next(logits) for _ in range(4000)])
     expected = 4000 * logits.softmax(-1)[0]
     assert chi_square(drawn.bincount(minlength=6).float(), expected) < 35.9  # 5 degrees, once in a million
@@ -205,7 +213,7 @@ def test_a_draw_always_has_weight(seed, vocab, luck):
 
 def test_a_row_draws_the_same_in_any_batch():
     logits = some_logits(6, 40, rows=3)
-    sampling = Sampling(0.9, presence_penalty=0.3)
+    sampling = SamplingParams(0.9, presence_penalty=0.3)
     together = Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 40)
     batch = torch.stack([together.next(logits) for _ in range(20)])
     for row in range(3):
@@ -216,7 +224,7 @@ def test_a_row_draws_the_same_in_any_batch():
 
 def test_rows_that_stay_keep_their_luck_and_their_counts():
     logits = some_logits(7, 12, rows=3, scale=1.0)
-    sampling = Sampling(frequency_penalty=1.0)
+    sampling = SamplingParams(frequency_penalty=1.0)
     whole, fewer = (Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 12) for _ in range(2))
     first = whole.next(logits)
     assert torch.equal(fewer.next(logits), first)
@@ -227,14 +235,14 @@ def test_rows_that_stay_keep_their_luck_and_their_counts():
 
 def test_greedy_is_argmax_and_draws_nothing():
     logits = some_logits(8, 100)
-    sampler = Sampler(Sampling(temperature=0, top_k=3, top_p=0.1), [1, 2], [[0], [0]], 100)
+    sampler = Sampler(SamplingParams(temperature=0, top_k=3, top_p=0.1), [1, 2], [[0], [0]], 100)
     assert sampler.next(logits).tolist() == logits.argmax(-1).tolist()
     assert sampler.next(logits.bfloat16()).tolist() == logits.bfloat16().float().argmax(-1).tolist()
 
 
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
     logits = some_logits(9, 100, scale=50.0)
-    assert distribution(logits, Sampling(temperature=1e-38)).argmax(-1).tolist() == logits.argmax(-1).tolist()
+    assert distribution(logits, SamplingParams(temperature=1e-38)).argmax(-1).tolist() == logits.argmax(-1).tolist()
 
 
 # ------------------------------------------------------------------ log-probabilities
@@ -276,5 +284,5 @@ def test_logprobs_are_the_models_own():
 )
 def test_wrong_values_are_refused_in_one_line(field, value):
     with pytest.raises(OneblockError, match=field) as error:
-        Sampling(**{field: value})
+        SamplingParams(**{field: value})
     assert "\n" not in str(error.value)

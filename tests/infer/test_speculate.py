@@ -12,7 +12,7 @@ from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.chat import Conversation
 from oneblock.infer.llm import LLM, load
-from oneblock.infer.speculate import Guess, Lookup, settled
+from oneblock.infer.speculate import DraftTokens, NgramDrafter, rejection_sample
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import spec
 
@@ -27,11 +27,11 @@ def writer(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
 
 
 def test_the_text_guesses_what_it_repeats() -> None:
-    lookup = Lookup()
-    assert lookup.guess([1, 2, 3], 4) == Guess([])
-    assert lookup.guess([1, 2, 3, 9, 1, 2, 3], 2) == Guess([9, 1])
-    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == Guess([7, 2, 3])  # what followed last
-    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == Guess([])
+    lookup = NgramDrafter()
+    assert lookup.guess([1, 2, 3], 4) == DraftTokens([])
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3], 2) == DraftTokens([9, 1])
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == DraftTokens([7, 2, 3])  # what followed last
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == DraftTokens([])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -110,9 +110,9 @@ def test_one_place_is_drawn_from_p_whatever_was_guessed() -> None:
     p, q = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     luck, n = torch.Generator().manual_seed(0), 20_000
     drawn = torch.multinomial(q, n, replacement=True).tolist()
-    found = torch.bincount(torch.tensor([settled(p, id, q, luck)[0] for id in drawn]), minlength=4) / n
+    found = torch.bincount(torch.tensor([rejection_sample(p, id, q, luck)[0] for id in drawn]), minlength=4) / n
     torch.testing.assert_close(found, p, atol=0.012, rtol=0)
-    sure = torch.bincount(torch.tensor([settled(p, 2, None, luck)[0] for _ in range(n)]), minlength=4) / n
+    sure = torch.bincount(torch.tensor([rejection_sample(p, 2, None, luck)[0] for _ in range(n)]), minlength=4) / n
     torch.testing.assert_close(sure, p, atol=0.012, rtol=0)
 
 

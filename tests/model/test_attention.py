@@ -20,7 +20,7 @@ VARIANTS = {
     "softcap": {"softcap": 2.0},
     "sinks": {"sinks": True, "window": 5},
     "capped chunk": {"softcap": 1.0, "chunk": 16},
-    "tempered": {"tempering": (4.0, 0.5), "rope": None},
+    "tempered": {"temperature_tuning": (4.0, 0.5), "rope": None},
     "interleaved": {"rope": Rope(interleaved=True, dim=4)},
     "one head": {"n_kv_heads": 1, "scale": 0.2},
 }
@@ -74,8 +74,8 @@ def test_the_definition(spec: Spec) -> None:
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, n, 21, 8) for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads))
     sinks = torch.randn(a.n_heads) if a.sinks else None
-    step = attention.Step(torch.arange(21)[None], ordered=True)
-    got = attention.attend(q, k, v, a, step, 0, sinks)
+    ctx = attention.ForwardContext(torch.arange(21)[None], ordered=True)
+    got = attention.attend(q, k, v, a, ctx, 0, sinks)
     torch.testing.assert_close(got, by_hand(spec, q, k, v, sinks), atol=1e-5, rtol=1e-5)
 
 
@@ -91,8 +91,8 @@ def test_queries_after_keys_of_earlier_passes(spec: Spec, new: int, dtype: torch
     q, k, v = (x.to(dtype) for x in (q, k, v))
     cache = KVCache(spec, 2, 21, dtype)
     cache.begin(torch.arange(21)[None])
-    step = attention.Step(torch.arange(21 - new, 21)[None], True, 21 - new, cache)
-    got = attention.attend(q[:, :, -new:], k, v, a, step, 0, sinks)
+    ctx = attention.ForwardContext(torch.arange(21 - new, 21)[None], True, 21 - new, cache)
+    got = attention.attend(q[:, :, -new:], k, v, a, ctx, 0, sinks)
     expected = by_hand(spec, q.float(), k.float(), v.float(), sinks)[:, :, -new:]
     torch.testing.assert_close(got.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-2)
 
@@ -123,7 +123,7 @@ def test_flex_attention(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(args)
         return attend(*args, compiled=False)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(flex, "applies", lambda q, step: True)
+    monkeypatch.setattr(flex, "applies", lambda q, ctx: True)
     monkeypatch.setattr(flex, "attend", eager)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
     a = spec.layers[0].attn
@@ -196,7 +196,7 @@ def test_products_of_bf16_stay_as_close_to_the_truth_as_the_fused_kernel(length:
     )
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert attention._products_pay(q, q.shape[2])
-    got = attention.attend(q, k, v, a, attention.Step(torch.arange(length)[None], ordered=True), 0, None)
+    got = attention.attend(q, k, v, a, attention.ForwardContext(torch.arange(length)[None], ordered=True), 0, None)
     assert (got - exact).abs().mean() < 3 * (fused - exact).abs().mean() + 1e-4
     assert (got - exact).abs().max() < 0.05
 
@@ -210,7 +210,7 @@ attn = Attention(4, 2, 64, rope=Rope(), {options})
 model = Decoder(Spec(vocab=61, dim=256, n_layers=1, pattern=(Layer(attn, Mlp(64)),), context=16384)).to({dtype})
 def peak():
     with torch.no_grad():
-        model.hidden(torch.zeros(1, length, dtype=torch.long), positions={positions})
+        model.hidden_states(torch.zeros(1, length, dtype=torch.long), positions={positions})
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 length = 512
 before = peak()

@@ -29,7 +29,7 @@ CASES: list[tuple[str, Any, dict[str, Any], int]] = [
     ("yarn", Yarn(4.0, 64, gain=0.1 * math.log(4) + 1), {"factor": 4.0, "original_max_position_embeddings": 64}, 300),
     (
         "yarn",
-        Yarn(4.0, 64, fast=16.0, slow=2.0, truncate=False, gain=0.1 * math.log(4) + 1),
+        Yarn(4.0, 64, beta_fast=16.0, beta_slow=2.0, truncate=False, gain=0.1 * math.log(4) + 1),
         {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
         300,
     ),

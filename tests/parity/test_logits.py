@@ -57,7 +57,7 @@ ABSENT: dict[str, Any] = {
     "chunk": 5,
     "scale": 0.77,
     "softcap": 1.5,
-    "tempering": (4.0, 0.5),
+    "temperature_tuning": (4.0, 0.5),
     "limit": 0.2,
     "scaling": s.Linear(2.0),
     "positions": s.Positions(96, "sinusoidal"),

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
-from oneblock.plan import Setup, memory, params, plan
-from oneblock.plan.activations import Kept, activations
+from oneblock.plan import TrainingConfig, memory, params, plan
+from oneblock.plan.activations import ActivationConfig, activations
 from oneblock.spec import FAMILIES, Spec, spec
 
 specs = st.sampled_from([build() for build in FAMILIES.values()])
@@ -28,17 +28,19 @@ def test_weights_by_dtype(dtype: str, size: float):
 
 @given(specs, st.sampled_from(["float32", "bfloat16"]))
 def test_training_states_are_16_bytes_a_parameter(built: Spec, dtype: str):
-    assert memory.training(built, 64, setup=Setup(dtype)).states == 16 * params.total(built)
+    assert memory.training(built, 64, setup=TrainingConfig(dtype)).states == 16 * params.total(built)
 
 
 def test_smaller_states_and_larger_ones():
     gpt2 = spec("gpt2")
     count, matrices = params.total(gpt2), 12 * 12 * 768 * 768
-    bytes_of = {kind: memory.training(gpt2, 64, setup=Setup(optimizer=kind)).optimizer for kind in ("adamw", "muon")}
+    bytes_of = {
+        kind: memory.training(gpt2, 64, setup=TrainingConfig(optimizer=kind)).optimizer for kind in ("adamw", "muon")
+    }
     assert bytes_of["adamw"] == 8 * count
     assert bytes_of["muon"] == pytest.approx(8 * count - 4 * matrices, rel=0.001)
-    assert memory.training(gpt2, 64, setup=Setup(optimizer="adamw8bit")).optimizer < 2.1 * count
-    assert memory.training(gpt2, 64, setup=Setup(ema=True)).optimizer == 12 * count
+    assert memory.training(gpt2, 64, setup=TrainingConfig(optimizer="adamw8bit")).optimizer < 2.1 * count
+    assert memory.training(gpt2, 64, setup=TrainingConfig(ema=True)).optimizer == 12 * count
 
 
 def test_workspace_does_not_grow_past_one_prefill():
@@ -52,7 +54,7 @@ def test_gpt2_activations_by_hand():
     """Per layer: fp32 at two norms; what products read; q k v and the answer, the MLP's two; fp32 sums of 12 heads."""
     layer = 2 * 768 * 4 + (2 * 768 + 4 * 768 + 2 * 3072) * 2 + 4 * 12
     ends = 768 * 4 + 768 * 2
-    gpt2, kept = spec("gpt2"), Kept(2, 1024)
+    gpt2, kept = spec("gpt2"), ActivationConfig(2, 1024)
     assert activations(gpt2, kept) == 12 * layer + ends
     assert activations(gpt2, kept, "full") == 12 * 768 * 4 + layer + ends
     products = (3 * 768 + 768 + 3072 + 768) * 2
@@ -66,9 +68,9 @@ def test_a_step_needs_the_loss_or_the_gradients():
     states = long.weights + long.optimizer
     assert long.total == states + long.copies + long.activations + long.head + long.loss
     assert short.total == short.states + short.again
-    several = memory.training(gpt2, 1024, 8, Setup(accumulate=True))
+    several = memory.training(gpt2, 1024, 8, TrainingConfig(accumulate=True))
     assert several.total == long.total + long.gradients
-    cpu = memory.training(gpt2, 1024, 8, Setup(cpu=True))
+    cpu = memory.training(gpt2, 1024, 8, TrainingConfig(cpu=True))
     held = states + cpu.copies + cpu.activations + cpu.head + cpu.loss
     assert cpu.total == held + round(memory.HOLES * cpu.gradients) + memory.KERNELS
 
@@ -78,7 +80,7 @@ def test_ranks_that_share_a_model_hold_less():
     llama = spec("llama-3.1-8b")
 
     def shared(**over: int) -> memory.Training:
-        return memory.training(llama, 8192, 1, Setup(recompute="full", over=memory.Over(**over)))
+        return memory.training(llama, 8192, 1, TrainingConfig(recompute="full", over=memory.Parallelism(**over)))
 
     alone, most = shared(), 80e9
     assert alone.total > most > shared(fsdp=8).total > alone.total / 8
@@ -91,7 +93,7 @@ def test_ranks_that_share_a_model_hold_less():
     assert shared(tp=4).activations < 0.5 * alone.activations
     mixtral = spec("mixtral-8x7b")
     experts = mixtral.n_layers * 8 * params.mlp(mixtral.layers[0].mlp.expert, mixtral.dim)
-    part = params.total(memory.Over(ep=8).part(mixtral))
+    part = params.total(memory.Parallelism(ep=8).part(mixtral))
     assert part == params.total(mixtral) - experts * 7 // 8 - mixtral.n_layers * 7 * mixtral.dim  # and routers
 
 
@@ -104,7 +106,7 @@ def test_the_loss_does_not_grow_with_the_text():
 @given(specs, st.integers(1, 300), st.integers(1, 8))
 def test_activations_are_linear_in_tokens_and_recomputing_saves(built: Spec, context: int, batch: int):
     full = memory.training(built, context, batch)
-    kept = memory.training(built, context, batch, Setup(recompute="full"))
+    kept = memory.training(built, context, batch, TrainingConfig(recompute="full"))
     assert full.activations == batch * context * memory.training(built, 1, 1).activations
     assert kept.activations < full.activations
     assert kept.states == full.states and kept.loss == full.loss
@@ -122,7 +124,7 @@ def kept_for_backward(model: Decoder, tokens: int) -> float:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.hidden(torch.randint(0, model.spec.vocab, (1, tokens)))
+        model.hidden_states(torch.randint(0, model.spec.vocab, (1, tokens)))
     return sum(size for size, _ in kept.values()) / tokens
 
 
@@ -133,7 +135,7 @@ def kept_for_backward(model: Decoder, tokens: int) -> float:
 def test_activations_are_what_torch_keeps(family: str, tokens: int):
     built = FAMILIES[family](context=2048)
     measured = kept_for_backward(Decoder(built), tokens)
-    assert measured == pytest.approx(activations(built, Kept(4, tokens, cpu=True)), rel=0.1)
+    assert measured == pytest.approx(activations(built, ActivationConfig(4, tokens, cpu=True)), rel=0.1)
 
 
 def test_plan_refuses_an_unknown_dtype():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
 from oneblock.spec import Attention, Layer, Mlp, Spec
-from oneblock.spec.build import fold, gated_hidden, heads, longrope_gain, spread, yarn_gain
+from oneblock.spec.build import fold, gated_hidden_dim, heads, longrope_gain, spread, yarn_gain
 
 KINDS = tuple(Layer(Attention(4, 4, 16, window=window), Mlp(64)) for window in (None, 8, 32))
 depths = st.lists(st.sampled_from(KINDS), min_size=1, max_size=24)
@@ -52,9 +52,9 @@ def test_heads_that_do_not_fit(sizes: tuple[int, int, int | None, int | None], s
 
 @given(st.integers(1, 20_000))
 def test_gated_hidden_is_just_over_eight_thirds(dim: int):
-    hidden = gated_hidden(dim)
-    assert hidden % 32 == 0
-    assert 0 <= hidden - dim * 8 / 3 < 32
+    hidden_dim = gated_hidden_dim(dim)
+    assert hidden_dim % 32 == 0
+    assert 0 <= hidden_dim - dim * 8 / 3 < 32
 
 
 def test_gains_of_published_models():

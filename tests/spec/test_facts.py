@@ -31,7 +31,7 @@ def test_numbers(name: str, facts: dict[str, dict[str, Any]]):
     assert numbers(built) == {
         "params_total": fact.get("params_text", fact["params_total"]),
         "params_active": fact.get("params_active_text", fact.get("params_text", fact["params_active"])),
-        "hidden": fact["hidden"],
+        "hidden_dim": fact["hidden"],
         "layers": fact["layers"],
         "vocab": fact["vocab"],
         "max_ctx": fact["max_ctx"],
@@ -51,7 +51,7 @@ def numbers(built: Spec) -> dict[str, Any]:
     return {
         "params_total": params.total(built),
         "params_active": params.total(built, active=True),
-        "hidden": built.dim,
+        "hidden_dim": built.dim,
         "layers": built.n_layers,
         "vocab": built.vocab,
         "max_ctx": built.context,

@@ -54,7 +54,7 @@ def changed(name: str, value: Any, n_layers: int) -> Any:
 
 # Keywords that say something only where another has been given too.
 SOME = {"sparse": (False, True)}
-NEEDS: dict[str, dict[str, Any]] = {"sliding": {"window": 16}, "hidden": SOME, "hidden_dense": SOME}
+NEEDS: dict[str, dict[str, Any]] = {"sliding": {"window": 16}, "hidden_dim": SOME, "dense_hidden_dim": SOME}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from oneblock.spec import FAMILIES
 from oneblock.store import load_model, save_model
 from oneblock.store.header import build_header, read_header
 
-TINY = FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden=8)
+TINY = FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden_dim=8)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from oneblock.store.gguf.header import read_header
 from oneblock.store.load import Checkpoint
 from oneblock.text import Tokenizer, byte_level, characters, train_bpe
 
-TINY: dict[str, Any] = {"vocab": 300, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden": 64, "context": 128}
+TINY: dict[str, Any] = {"vocab": 300, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "context": 128}
 GROUPED = TINY | {"n_kv_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
 LLAMA3 = Rope(500_000.0, scaling=Llama3(8.0, 1.0, 4.0, 8192))
@@ -58,7 +58,7 @@ SPECS = {
     "qwen3": FAMILIES["qwen3"](**WIDE, tied=True),
     "mixtral": FAMILIES["mixtral"](**WIDE, n_experts=5),
     "mixtral-window": FAMILIES["mixtral"](**GROUPED, n_experts=4, top_k=1, window=9),
-    "qwen3_moe": FAMILIES["qwen3_moe"](**WIDE, hidden_expert=32, n_experts=6, top_k=3, renormalize=True, tied=True),
+    "qwen3_moe": FAMILIES["qwen3_moe"](**WIDE, expert_hidden_dim=32, n_experts=6, top_k=3, renormalize=True, tied=True),
     "gemma": FAMILIES["gemma"](**WIDE),
     "gemma2": FAMILIES["gemma2"](**WIDE, query_scalar=16, window=9),
     "gemma3": FAMILIES["gemma3"](**(WIDE | {"n_layers": 7}), query_scalar=16, window=9),
@@ -178,7 +178,7 @@ def test_smaller_types_are_within_their_error(
 
 
 def test_rows_that_are_no_whole_blocks_become_f16(tmp_path: Path) -> None:
-    model = random_model(FAMILIES["llama"](**(TINY | {"hidden": 40})))
+    model = random_model(FAMILIES["llama"](**(TINY | {"hidden_dim": 40})))
     save_gguf(tmp_path / "m.gguf", model, type="q8_0")
     header = read_header(tmp_path / "m.gguf")
     assert header.tensors["blk.0.ffn_down.weight"].dtype == "F16"
@@ -197,7 +197,7 @@ def test_a_type_left_out_is_the_models_own(tmp_path: Path) -> None:
 def test_blocks_of_other_programs(kind: str, tmp_path: Path) -> None:
     """A file whose matrices are random blocks, by the library's own writer."""
     number, columns = gguf.GGMLQuantizationType[kind], 256
-    spec = FAMILIES["llama"](**(TINY | {"dim": columns, "hidden": columns, "n_layers": 1}))
+    spec = FAMILIES["llama"](**(TINY | {"dim": columns, "hidden_dim": columns, "n_layers": 1}))
     save_gguf(tmp_path / "plain.gguf", random_model(spec))
     plain = read_header(tmp_path / "plain.gguf")
     writer = gguf.GGUFWriter(tmp_path / "blocks.gguf", "llama")
@@ -293,7 +293,7 @@ TEXTS = [
 
 def through_a_file(tokenizer: Tokenizer, folder: Path, rows: int | None = None) -> tuple[Tokenizer, dict[str, Any]]:
     spec = FAMILIES["llama"](
-        vocab=rows or tokenizer.vocab_size, dim=4, n_heads=2, hidden=4, n_layers=1, context=8, tied=True
+        vocab=rows or tokenizer.vocab_size, dim=4, n_heads=2, hidden_dim=4, n_layers=1, context=8, tied=True
     )
     save_gguf(folder / "m.gguf", random_model(spec), tokenizer)
     again = load_gguf(folder / "m.gguf")[1]
@@ -428,7 +428,7 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 def test_files_that_llama_cpp_quantised(type: str, number: int, tmp_path: Path) -> None:
     """Its logits are nearer to ours from the same file than either are to those before; it rounds activations too."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = random_model(FAMILIES["llama"](**(TINY | {"dim": 256, "hidden": 512})))
+    model = random_model(FAMILIES["llama"](**(TINY | {"dim": 256, "hidden_dim": 512})))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(p.shape[-1] ** -0.5 if p.dim() == 2 else 1.0)
@@ -474,7 +474,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A small file with everything in it: both kinds of tensors, arrays, texts, a tokenizer with merges."""
     folder = tmp_path_factory.mktemp("whole")
     tokenizer = train_bpe(["the cat sat on the mat. " * 9], 270, special=("<|a|>", "<|b|>"))
-    spec = FAMILIES["llama"](vocab=270, dim=32, n_heads=2, n_layers=1, hidden=32, context=16, rope=LLAMA3)
+    spec = FAMILIES["llama"](vocab=270, dim=32, n_heads=2, n_layers=1, hidden_dim=32, context=16, rope=LLAMA3)
     save_gguf(folder / "m.gguf", random_model(spec), tokenizer, "q8_0")
     return (folder / "m.gguf").read_bytes()
 
@@ -483,7 +483,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Another: windows, caps, a tokenizer with scores."""
     folder = tmp_path_factory.mktemp("other")
-    spec = FAMILIES["gemma2"](vocab=270, dim=32, n_heads=2, n_layers=2, hidden=32, head_dim=16, query_scalar=16)
+    spec = FAMILIES["gemma2"](vocab=270, dim=32, n_heads=2, n_layers=2, hidden_dim=32, head_dim=16, query_scalar=16)
     save_gguf(folder / "m.gguf", random_model(spec), pieces(), "bf16")
     return (folder / "m.gguf").read_bytes()
 
@@ -493,7 +493,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """And one of experts."""
     folder = tmp_path_factory.mktemp("mixed")
     sizes = {"vocab": 64, "dim": 32, "n_heads": 2, "n_layers": 2, "head_dim": 16}
-    spec = FAMILIES["qwen3_moe"](**sizes, hidden_expert=32, n_experts=3, top_k=2, renormalize=True)
+    spec = FAMILIES["qwen3_moe"](**sizes, expert_hidden_dim=32, n_experts=3, top_k=2, renormalize=True)
     save_gguf(folder / "m.gguf", random_model(spec), None, "q4_0")
     return (folder / "m.gguf").read_bytes()
 

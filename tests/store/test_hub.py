@@ -96,7 +96,7 @@ def serve(hub: Hub) -> ThreadingHTTPServer:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("repository") / "llama"
     torch.manual_seed(0)
-    save_model(folder, Decoder(FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden=8)))
+    save_model(folder, Decoder(FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden_dim=8)))
     wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
     wanted |= {"tokenizer.json": b"{}", "tokenizer.model": b"x", "merges.txt": b"x", "chat_template.jinja": b"x"}
     unwanted = ("pytorch_model.bin", "modeling.py", "original/params.json", "README.md", "consolidated.safetensors")

@@ -273,10 +273,10 @@ def test_shards(family: str, tmp_path: Path) -> None:
 
 
 LARGE = {  # about 300 MB in fp32 each
-    "plain": FAMILIES["llama"](dim=1024, n_layers=6, hidden=2816, n_heads=8),
+    "plain": FAMILIES["llama"](dim=1024, n_layers=6, hidden_dim=2816, n_heads=8),
     "turned": FAMILIES["gpt2"](dim=1024, n_layers=6, n_heads=8),
-    "stacked": FAMILIES["mixtral"](dim=512, n_layers=6, hidden=1024, n_experts=8),
-    "interleaved": FAMILIES["gpt_oss"](dim=512, n_layers=6, hidden=1024, n_experts=8),
+    "stacked": FAMILIES["mixtral"](dim=512, n_layers=6, hidden_dim=1024, n_experts=8),
+    "interleaved": FAMILIES["gpt_oss"](dim=512, n_layers=6, hidden_dim=1024, n_experts=8),
 }
 MEASURE = """
 import sys, torch

@@ -21,7 +21,7 @@ from oneblock.store import Checkpoint, load_model, replacing, save_model
 from oneblock.store.folder import exchange
 from oneblock.store.save import write_model
 
-TINY = FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden=8)
+TINY = FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden_dim=8)
 
 
 def random_model(spec: Spec, seed: int = 0) -> Decoder:

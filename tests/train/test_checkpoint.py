@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oneblock.cli import main
-from oneblock.data.rows import Rows
+from oneblock.data.packed import PackedDataset
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
 from oneblock.model import Decoder, init_weights
@@ -44,7 +44,12 @@ def begin(optimizer: Optimizer, seed: int = 0, family: str = "llama") -> State:
 def go(state: State, optimizer: Optimizer, steps: int) -> None:
     loop = Loop(steps=steps, batch=2, dtype="float32")
     train(
-        state, Rows(TEXT, 16, 2, 0).batch, next_token, loop, optimizer, Schedule(warmup=2, schedule="flat", decay=0.0)
+        state,
+        PackedDataset(TEXT, 16, 2, 0).batch,
+        next_token,
+        loop,
+        optimizer,
+        Schedule(warmup=2, schedule="flat", decay=0.0),
     )
 
 

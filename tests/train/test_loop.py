@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from oneblock.compiler import compiler_found
-from oneblock.data.rows import Batch, Rows, in_order
+from oneblock.data.packed import Batch, PackedDataset, in_order
 from oneblock.errors import OneblockError
+from oneblock.kernels.compiler import compiler_found
 from oneblock.model import Decoder, Dropout, init_weights
+from oneblock.parallel.world import World
 from oneblock.spec import spec
-from oneblock.train.assemble import compiles, learner_for
+from oneblock.train.build import compiles, learner_for
 from oneblock.train.loop import Metrics, State, start, train
 from oneblock.train.losses import evaluate, next_token
 from oneblock.train.machine import has_bf16, precision
 from oneblock.train.optim import batches_before, batches_in, build, decayed_names, share
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
-from oneblock.train.world import World
 
 LOOP = Loop(steps=20, batch=4, dtype="float32")
 TEXT = np.tile(np.arange(13, dtype=np.uint16), 40)
@@ -32,8 +32,8 @@ def begin(seed: int = 0, **changes: object) -> State:
     return start(model, Optimizer(lr=1e-2))
 
 
-def run(state: State, loop: Loop = LOOP, rows: Rows | None = None) -> list[float]:
-    rows = rows or Rows(TEXT, 12, loop.batch, loop.seed)
+def run(state: State, loop: Loop = LOOP, rows: PackedDataset | None = None) -> list[float]:
+    rows = rows or PackedDataset(TEXT, 12, loop.batch, loop.seed)
     losses: list[float] = []
 
     def observe(state: State, metrics: Metrics) -> None:
@@ -67,7 +67,7 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 
 
 def test_dropout_is_applied_and_repeatable() -> None:
-    state, rows = begin(), Rows(TEXT, 12, 4, 0)
+    state, rows = begin(), PackedDataset(TEXT, 12, 4, 0)
     batch = rows.batch(0)
     torch.manual_seed(0)
     a = next_token(state.model, batch, Dropout(residual=0.5))
@@ -78,7 +78,7 @@ def test_dropout_is_applied_and_repeatable() -> None:
 
 
 def test_ignored_targets_do_not_count() -> None:
-    state, batch = begin(), Rows(TEXT, 12, 2, 0).batch(0)
+    state, batch = begin(), PackedDataset(TEXT, 12, 2, 0).batch(0)
     masked = Batch(batch.ids, batch.targets.clone(), 12)
     masked.targets[0] = -100
     alone = Batch(batch.ids[1:], batch.targets[1:], 12)
@@ -118,7 +118,7 @@ def test_schedules() -> None:
 
 
 def test_clipping_bounds_the_step() -> None:
-    state, rows = begin(), Rows(TEXT, 12, 4, 0)
+    state, rows = begin(), PackedDataset(TEXT, 12, 4, 0)
     norms: list[float] = []
 
     def observe(state: State, metrics: Metrics) -> None:
@@ -138,7 +138,7 @@ def test_time_ends_a_run() -> None:
 
 
 def test_asked_to_stop_it_stops_after_the_step() -> None:
-    state, rows = begin(), Rows(TEXT, 12, 4, 0)
+    state, rows = begin(), PackedDataset(TEXT, 12, 4, 0)
 
     def observe(state: State, metrics: Metrics) -> None:
         state.stop = metrics.step == 3
@@ -162,7 +162,7 @@ def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
     for step in range(8):
         assert batches_before(step, 8, 5) == sum(sizes[:step])
     seen: list[int] = []
-    state, rows = begin(), Rows(TEXT, 12, 2, 0)
+    state, rows = begin(), PackedDataset(TEXT, 12, 2, 0)
 
     def batch(n: int) -> Batch:
         seen.append(n)
@@ -176,7 +176,7 @@ def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
 
 def test_asked_to_stop_between_batches_it_leaves_the_step() -> None:
     """A step of many batches may take longer than a machine that is taken away leaves."""
-    state, rows, seen = begin(), Rows(TEXT, 12, 2, 0), []
+    state, rows, seen = begin(), PackedDataset(TEXT, 12, 2, 0), []
 
     def loss(model: Decoder, batch: Batch) -> torch.Tensor:
         seen.append(len(seen))
@@ -200,7 +200,15 @@ def test_the_average_follows_the_weights() -> None:
         for name, p in state.model.named_parameters():
             expected[name] = 0.5 * expected[name] + 0.5 * p.detach()
 
-    train(state, Rows(TEXT, 12, 4, 0).batch, next_token, replace(LOOP, steps=5), options, Schedule(warmup=1), observe)
+    train(
+        state,
+        PackedDataset(TEXT, 12, 4, 0).batch,
+        next_token,
+        replace(LOOP, steps=5),
+        options,
+        Schedule(warmup=1),
+        observe,
+    )
     assert state.ema is not None
     for name, mean in state.ema.items():
         torch.testing.assert_close(mean, expected[name])
@@ -210,7 +218,7 @@ def test_the_average_follows_the_weights() -> None:
 def test_a_bad_step_changes_nothing() -> None:
     options = Optimizer("muon", lr=1e-2, ema=0.5)
     state = start(begin().model, options)
-    rows, goods = Rows(TEXT, 12, 4, 0), []
+    rows, goods = PackedDataset(TEXT, 12, 4, 0), []
 
     def bad(model: Decoder, batch: Batch) -> torch.Tensor:
         loss = next_token(model, batch)
@@ -243,7 +251,7 @@ def test_muon_takes_the_blocks_matrices_and_learns() -> None:
     losses: list[float] = []
     train(
         state,
-        Rows(TEXT, 12, 4, 0).batch,
+        PackedDataset(TEXT, 12, 4, 0).batch,
         next_token,
         replace(LOOP, steps=60),
         Optimizer("muon"),
@@ -266,7 +274,7 @@ def test_compiled_blocks_learn_the_same() -> None:
         def observe(state: State, metrics: Metrics, found: list[float] = found) -> None:
             found.append(metrics.loss.item())
 
-        train(state, Rows(TEXT, 12, 4, 0).batch, learner, loop, Optimizer(), Schedule(warmup=1), observe)
+        train(state, PackedDataset(TEXT, 12, 4, 0).batch, learner, loop, Optimizer(), Schedule(warmup=1), observe)
     assert losses["on"] == pytest.approx(losses["off"], abs=1e-4)
 
 

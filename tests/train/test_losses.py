@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneblock.data.rows import IGNORE, Batch
+from oneblock.data.packed import IGNORE, Batch
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
+from oneblock.parallel.world import World
 from oneblock.plan.activations import Recompute
 from oneblock.spec import spec
 from oneblock.train import cross_entropy as parts
-from oneblock.train.assemble import learner_for
+from oneblock.train.build import learner_for
 from oneblock.train.cross_entropy import cross_entropy
-from oneblock.train.loop import Engine, start
+from oneblock.train.load_balancing import Routing
+from oneblock.train.loop import TrainStep, start
 from oneblock.train.losses import pretraining
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
-from oneblock.train.routing import Routing
-from oneblock.train.world import World
 
 
 def decoder(family: str = "llama", **changes: object) -> Decoder:
@@ -66,7 +66,7 @@ def test_in_parts_it_is_the_loss_written_out(head: str, z_loss: float, monkeypat
     family, changes = HEADS[head]
     model = decoder(family, **changes)
     data = batch(model)
-    x = model.hidden(data.ids).detach()
+    x = model.hidden_states(data.ids).detach()
     found = []
     for loss in (cross_entropy, written_out):
         leaf = x.clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     model = decoder()
     model.head.weight.requires_grad_(False)
     data = batch(model)
-    loss, _ = cross_entropy(model, model.hidden(data.ids), data.targets)
+    loss, _ = cross_entropy(model, model.hidden_states(data.ids), data.targets)
     loss.backward()
     assert model.head.weight.grad is None
     assert model.blocks[0].attn.wq.weight.grad is not None
@@ -93,9 +93,9 @@ def test_frozen_weights_get_no_gradient() -> None:
 def test_bf16_products_are_near() -> None:
     model = decoder()
     data = batch(model)
-    exact, _ = cross_entropy(model, model.hidden(data.ids), data.targets)
+    exact, _ = cross_entropy(model, model.hidden_states(data.ids), data.targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        near, _ = cross_entropy(model, model.hidden(data.ids), data.targets)
+        near, _ = cross_entropy(model, model.hidden_states(data.ids), data.targets)
     assert near.dtype == torch.float32
     assert near.item() == pytest.approx(exact.item(), abs=0.1)
 
@@ -112,7 +112,7 @@ def test_ragged_batches_weigh_by_tokens() -> None:
     grads = []
     for batches in ([large], halves):
         model = decoder()
-        engine = Engine(
+        engine = TrainStep(
             learner_for(model, Loop(dtype="float32"), Objective(), None, World()),
             batches.__getitem__,
             Loop(dtype="float32", accumulate=len(batches)),
@@ -187,7 +187,7 @@ def test_balance_is_learned(recompute: Recompute) -> None:
     loop = Loop(dtype="float32", recompute=recompute)
     learner = learner_for(model, loop, Objective(balance_weight=1.0), None, World())
     data, state = batch(model), start(model, Optimizer(lr=5e-2))
-    engine = Engine(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
+    engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
     found = [made.seen["balance"].item() for _ in range(40) if (made := engine.update(state))]
     assert 1 - 0.01 < found[-1] < 1 + 0.5 * (found[0] - 1)
 
@@ -199,7 +199,7 @@ def test_a_bias_steers_without_a_gradient() -> None:
     state = start(model, Optimizer(lr=0.0))
     before = model.blocks[0].mlp.router.bias.detach().clone()
     data = batch(model)
-    engine = Engine(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
+    engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
     state.optimizer.set_rate(0.0)
     made = engine.update(state)
     assert made is not None

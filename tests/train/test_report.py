@@ -51,9 +51,9 @@ def test_a_report_says_what_was_trained_and_what_came_out(text: Path, tmp_path: 
 
 
 def test_a_stopped_run_says_how_to_go_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from oneblock.train import session
+    from oneblock.train import trainer as session
 
-    class Stopped(session.Session):
+    class Stopped(session.Trainer):
         def observe(self, state: session.State, metrics: session.Metrics) -> None:
             super().observe(state, metrics)
             state.stop = state.step == 5

@@ -88,14 +88,14 @@ def test_resumed_is_uninterrupted_to_the_bit(text: Path, tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:  # dies in step 8, three steps after its last checkpoint
         from oneblock.train import loop
 
-        update = loop.Engine.update
+        update = loop.TrainStep.update
 
-        def dies(engine: loop.Engine, state: loop.State) -> object:
+        def dies(engine: loop.TrainStep, state: loop.State) -> object:
             if state.step == 8:
                 raise RuntimeError("power cut")
             return update(engine, state)
 
-        patch.setattr(loop.Engine, "update", dies)
+        patch.setattr(loop.TrainStep, "update", dies)
         assert main(["train", *flags, "--out", str(parts)]) == 1
     assert losses(parts)[-1][0] == 8
     assert (parts / "latest").resolve().name == "step-000005"

@@ -19,15 +19,15 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
-from oneblock.train.gate import peak_of
+from oneblock.train.loggers import identity
 from oneblock.train.loop import Metrics, State
 from oneblock.train.nonfinite import MOST
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
+from oneblock.train.preflight import peak_of
 from oneblock.train.prepare import prepare
+from oneblock.train.progress import Reading, Show
 from oneblock.train.run import record
-from oneblock.train.session import Session, averaged, fresh
-from oneblock.train.show import Reading, Show
-from oneblock.train.sinks import identity
+from oneblock.train.trainer import Trainer, averaged, fresh
 
 RARE = "#"  # stands in a few rows
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}.{RARE if i % 12 == 0 else ''}\n" for i in range(400))
@@ -48,12 +48,12 @@ def options(tmp_path: Path) -> Train:
     )
 
 
-def begin(options: Train, run: Path, **loop: Any) -> Session:
+def begin(options: Train, run: Path, **loop: Any) -> Trainer:
     options = replace(options, loop=replace(options.loop, **loop))
     run.mkdir()
     record(run, options)
     job = prepare(options)
-    return Session(job, options, run, fresh(job, options), Show(options.loop))
+    return Trainer(job, options, run, fresh(job, options), Show(options.loop))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def test_each_look_says_how_fast_and_how_large(options: Train, tmp_path: Path) -
 
 
 def test_experts_are_seen(options: Train, tmp_path: Path) -> None:
-    sizes = Sizes(dim=16, n_layers=2, n_heads=2, hidden=16)
+    sizes = Sizes(dim=16, n_layers=2, n_heads=2, hidden_dim=16)
     watch = replace(options.watch, tensorboard=True)
     run = tmp_path / "run"
     assert begin(replace(options, model="mixtral", sizes=sizes, watch=watch), run, steps=3).go()
@@ -131,7 +131,7 @@ def test_averaged_weights_are_validated_and_left_as_a_model(options: Train, tmp_
 class Poison:
     """After the second step one character's vector is infinite: batches with that character give no number."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Trainer):
         self.session, self.before, self.seen = session, weights(session.state), list[Metrics]()
         self.token = session.job.tokenizer.encode(RARE)[0]
 
@@ -146,7 +146,7 @@ class Poison:
         self.seen.append(metrics)
 
 
-def first_bad(session: Session, token: int) -> int:
+def first_bad(session: Trainer, token: int) -> int:
     """The first step after the second whose batch has the character in it."""
 
     data = session.job.rows(session.options.loop)
@@ -220,7 +220,7 @@ def test_on_a_gpu_verdicts_wait_for_a_look(options: Train, tmp_path: Path) -> No
     poison = Poison(session)
     bad = first_bad(session, poison.token)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OneblockError, match=f"step {bad}:"):
-        patch.setattr("oneblock.train.session.peak_memory", lambda device: 0)
+        patch.setattr("oneblock.train.trainer.peak_memory", lambda device: 0)
         session.go(poison)
     look = -(-bad // 5) * 5
     assert len(poison.seen) == look - 1  # stopped within the look, before this was called
@@ -327,7 +327,7 @@ def test_trackers_are_called_in_order(
 def test_a_tracker_that_is_not_installed(
     name: str, options: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oneblock.train.sinks.find_spec", lambda name: None)
+    monkeypatch.setattr("oneblock.train.loggers.find_spec", lambda name: None)
     argv = ["train", "--data", str(options.data[0]), "--out", str(tmp_path / "run"), "--track", name]
     assert main(argv) == 1
     assert f"pip install 'oneblock[{name}]'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from oneblock.data.rows import Batch, Rows
+from oneblock.data.packed import Batch, PackedDataset
 from oneblock.errors import OneblockError
 
 PATIENCE = 60.0  # seconds that a worker may take for a batch
@@ -21,7 +21,7 @@ AHEAD = 4  # batches that each worker makes in advance
 class Loader:
     """Batch n of one rank, as `rows.batch(n, rank, ranks)` gives it; with workers, those after n are on their way."""
 
-    def __init__(self, rows: Rows, rank: int = 0, ranks: int = 1, workers: int = 0, pin: bool = False):
+    def __init__(self, rows: PackedDataset, rank: int = 0, ranks: int = 1, workers: int = 0, pin: bool = False):
         rows.batch(0, rank, ranks)  # what cannot be divided is told now
         self.rows, self.rank, self.ranks, self.workers, self.pin = rows, rank, ranks, workers, pin
         self.next = 0
@@ -97,7 +97,7 @@ def as_made(arrays: Arrays) -> Arrays:
 class Numbered(Dataset[Arrays]):
     """Batches by their number."""
 
-    def __init__(self, rows: Rows, rank: int, ranks: int):
+    def __init__(self, rows: PackedDataset, rank: int, ranks: int):
         self.rows, self.rank, self.ranks = rows, rank, ranks
 
     def __getitem__(self, n: int) -> Arrays:

@@ -43,7 +43,7 @@ class Plan:
 
 
 @dataclass
-class Side:
+class ShardWriter:
     """The training or the validation shards: what is full is on the disk, the rest is gathered here."""
 
     folder: Path
@@ -78,7 +78,7 @@ def prepare(plan: Plan, tokenizer: Tokenizer, out: Path, workers: int, report: R
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / TOKENIZER)
     plan = planned(plan, out)
-    sides = [Side(out), Side(out / "val")]
+    sides = [ShardWriter(out), ShardWriter(out / "val")]
     done = begin(plan, out, sides)
     seen, dtype = done, dtype_for(tokenizer.vocab_size)
     for ids in encoded(islice(wanted(plan), done, None), out / TOKENIZER, dtype, workers):
@@ -187,13 +187,13 @@ def put(path: Path, content: bytes) -> None:
     new.replace(path)
 
 
-def record(plan: Plan, out: Path, sides: list[Side], seen: int) -> None:
+def record(plan: Plan, out: Path, sides: list[ShardWriter], seen: int) -> None:
     """Where to go on, should the job be killed."""
     state = [[side.shards, side.tokens, side.documents] for side in sides]
     put(out / PROGRESS, json.dumps({"plan": asdict(plan), "done": seen, "sides": state}).encode())
 
 
-def begin(plan: Plan, out: Path, sides: list[Side]) -> int:
+def begin(plan: Plan, out: Path, sides: list[ShardWriter]) -> int:
     """Documents that are already in shards. OneblockError where the folder belongs to another job."""
     path = out / PROGRESS
     if not path.exists():
@@ -211,7 +211,7 @@ def begin(plan: Plan, out: Path, sides: list[Side]) -> int:
     return found["done"]
 
 
-def finish(sides: list[Side], tokenizer: Tokenizer, dtype: str, out: Path) -> None:
+def finish(sides: list[ShardWriter], tokenizer: Tokenizer, dtype: str, out: Path) -> None:
     """The manifests; the training one last, since it says that all is done."""
     (out / PROGRESS).unlink(missing_ok=True)
     for side in reversed([side for side in sides if side.tokens]):

@@ -23,11 +23,11 @@ from torch import Tensor
 from oneblock.config import nearest
 from oneblock.errors import OneblockError
 from oneblock.infer.cache import item_bytes
-from oneblock.infer.constrain import Shapes
-from oneblock.infer.generate import Request, Texts, check, room
+from oneblock.infer.generate import Request, Sequences, check, room
 from oneblock.infer.llm import LLM, OPTIONS
 from oneblock.infer.sample import Sampler
 from oneblock.infer.stop import Reply
+from oneblock.infer.structured_output import StructuredOutputOptions
 from oneblock.plan.cache import kv_bytes
 
 KEYS = {"prompt", "messages", "id"} | OPTIONS - {"top_logprobs"}  # of a line
@@ -118,13 +118,13 @@ def replies(llm: LLM, jobs: Iterable[Job], size: int) -> Iterator[Result]:
     steps = sum(room(llm.spec, job.prompt, job.request.max_tokens) for job in waiting) // size
     compiled = llm.ready(steps)
     rows: list[Row] = []
-    texts: Texts | None = None
+    texts: Sequences | None = None
     while waiting or rows:
         if texts is None or (waiting and len(rows) <= size // 2):
             rows += [Row(llm, waiting.popleft()) for _ in range(min(size - len(rows), len(waiting)))]
             found = [row.ids for row in rows]
             most = max(map(len, found)) + max(row.room for row in rows)
-            texts = Texts(llm.model, found, most, compiled, llm.cache_bits == 8)
+            texts = Sequences(llm.model, found, most, compiled, llm.cache_bits == 8)
         logits = texts.advance()
         if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
@@ -200,8 +200,8 @@ class Reader:
 
     def _defaults(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """A line that says what its reply must be takes the place of what all must be."""
-        shaped = any(name in own for name in Shapes.__annotations__)
-        return {k: v for k, v in self.defaults.items() if not (shaped and k in Shapes.__annotations__)}
+        shaped = any(name in own for name in StructuredOutputOptions.__annotations__)
+        return {k: v for k, v in self.defaults.items() if not (shaped and k in StructuredOutputOptions.__annotations__)}
 
     def _prompt(self, row: dict[str, Any]) -> list[int]:
         if ("prompt" in row) == ("messages" in row):
@@ -219,7 +219,7 @@ class Reader:
 
     def _request(self, options: dict[str, Any]) -> Request:
         """Grammars are read once for all lines that ask the same."""
-        shape = {name: options.pop(name) for name in Shapes.__annotations__ if name in options}
+        shape = {name: options.pop(name) for name in StructuredOutputOptions.__annotations__ if name in options}
         key = json.dumps(shape)
         if key not in self._grammars:
             self._grammars[key] = self.llm.request(**shape).grammar

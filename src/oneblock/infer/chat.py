@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from oneblock.infer.generate import Request, Texts
+from oneblock.infer.generate import Request, Sequences
 from oneblock.infer.llm import LLM
 
 
@@ -18,7 +18,7 @@ class Conversation:
     def __init__(self, llm: LLM, request: Request, system: str | None = None):
         self.llm, self.request, self.system = llm, request, system
         self.templated = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
-        self._texts: Texts | None = None
+        self._texts: Sequences | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -53,7 +53,7 @@ class Conversation:
         text = messages[-1]["content"]
         return self._ids + tokenizer.encode("\n" + text, bos=False) if self._ids else self.llm.encode(text)
 
-    def _ready(self, prompt: list[int]) -> Texts:
+    def _ready(self, prompt: list[int]) -> Sequences:
         """The batch of one, its cache kept as far as the prompt begins like the text before."""
         fresh = self.llm.texts([prompt], self.request)  # checks the prompt; reserves nothing yet
         if self._texts is None:

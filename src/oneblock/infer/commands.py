@@ -22,7 +22,7 @@ from oneblock.errors import OneblockError
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
     from oneblock.infer.llm import LLM, Completion
-    from oneblock.ranks import Ranks
+    from oneblock.parallel.process_group import Ranks
 
 HELP = """\
 /reset      forget everything said so far
@@ -126,7 +126,7 @@ def read(path: Path) -> str:
 
 def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
     from oneblock.infer.llm import load
-    from oneblock.memory import MOST, reuse_memory
+    from oneblock.kernels.heap import MOST, reuse_memory
 
     if not loading.device.startswith("cuda"):
         reuse_memory(MOST)
@@ -135,7 +135,7 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
     llm.cache_bits = loading.cache_bits
     llm.prompt_cache = loading.prompt_cache
     if loading.context is not None:
-        llm.lengthen(loading.context, loading.rope)
+        llm.extend_context(loading.context, loading.rope)
     if loading.draft is not None and not loading.guesses:
         raise OneblockError("--draft guesses nothing without --guesses: give --guesses 5")
     if loading.guesses:
@@ -148,7 +148,7 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
 
 def generate(options: GenerateOptions) -> None:
     """On the ranks that torchrun has started, or here; the first of them writes."""
-    from oneblock.ranks import joined
+    from oneblock.parallel.process_group import joined
 
     with joined(options.loading.device) as ranks, redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
         written(options, ranks)

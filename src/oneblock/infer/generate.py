@@ -19,13 +19,13 @@ from torch import Tensor
 from oneblock import spec as s
 from oneblock.errors import OneblockError
 from oneblock.infer.cache import KVCache
-from oneblock.infer.sample import Sampler, Sampling, logprobs, top_logprobs
+from oneblock.infer.sample import Sampler, SamplingParams, logprobs, top_logprobs
 from oneblock.infer.stop import Detokenizer, Finish, Reply
 from oneblock.model import Decoder
 
 if TYPE_CHECKING:
-    from oneblock.infer.compiled import Compiled
-    from oneblock.infer.constrain import Grammar
+    from oneblock.infer.structured_output import CompiledGrammar
+    from oneblock.kernels.compiled_step import Compiled
 
 
 CHUNK = 4096  # tokens, of all rows, that a prompt is read by: more at once need more memory and are no faster
@@ -35,13 +35,13 @@ CHUNK = 4096  # tokens, of all rows, that a prompt is read by: more at once need
 class Request:
     """What is asked for, of every prompt of a batch."""
 
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None  # None: as many as the context holds
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()  # one for each prompt; none: drawn anew each time
     logprobs: int | None = None  # also the log-probability of each token, and of this many of the likeliest
-    grammar: Grammar | None = None  # what every reply must keep to
+    grammar: CompiledGrammar | None = None  # what every reply must keep to
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -49,7 +49,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Event:
+class TokenOutput:
     """One more token of one row."""
 
     row: int
@@ -60,7 +60,7 @@ class Event:
     top: tuple[tuple[int, float], ...] = ()  # (id, log-probability), likeliest first
 
 
-class Texts:
+class Sequences:
     """Texts that grow together: rows of one batch with one cache. Shorter prompts are padded on the left."""
 
     def __init__(
@@ -101,13 +101,13 @@ class Texts:
         """The stream of the last columns of what is fed, (B, last, dim), read chunk by chunk where it is long."""
         length, chunk = fed.shape[1], max(CHUNK // len(fed), last)
         if self._whole or length <= chunk:
-            return self.model.hidden(fed, positions=positions, cache=self.cache, last=last)
+            return self.model.hidden_states(fed, positions=positions, cache=self.cache, last=last)
         sizes = [length % chunk or chunk, *[chunk] * ((length - 1) // chunk)]
         places = [None] * len(sizes) if positions is None else positions.split(sizes, 1)
         *early, (ids, at) = zip(fed.split(sizes, 1), places, strict=True)
         for ids_before, at_before in early:
-            self.model.hidden(ids_before, positions=at_before, cache=self.cache, last=1)
-        return self.model.hidden(ids, positions=at, cache=self.cache, last=last)
+            self.model.hidden_states(ids_before, positions=at_before, cache=self.cache, last=1)
+        return self.model.hidden_states(ids, positions=at, cache=self.cache, last=last)
 
     def peek(self, guesses: Sequence[int]) -> Tensor:
         """Of the only row: feed what the cache lacks and guesses; the logits after its last token and each, (n, V).
@@ -169,7 +169,7 @@ def context_limit(spec: s.Spec) -> int | None:
 
 
 @torch.inference_mode()
-def events(texts: Texts, request: Request, detokenizers: Sequence[Detokenizer | None]) -> Iterator[Event]:
+def events(texts: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]) -> Iterator[TokenOutput]:
     """The rows' tokens as they come. A row that has ended leaves the batch."""
     limits = [room(texts.model.spec, row, request.max_tokens) for row in texts.rows]
     replies = [Reply(d, n, request.stop_ids, request.stop) for d, n in zip(detokenizers, limits, strict=True)]
@@ -197,16 +197,16 @@ def events(texts: Texts, request: Request, detokenizers: Sequence[Detokenizer | 
         rows = [rows[i] for i in going]
 
 
-def chosen_from(logits: Tensor, ids: Tensor, n: int | None) -> list[Event]:
+def chosen_from(logits: Tensor, ids: Tensor, n: int | None) -> list[TokenOutput]:
     """The chosen ids (B,), with log-probabilities where they are asked for."""
     if n is None:
-        return [Event(row, id) for row, id in enumerate(ids.tolist())]
+        return [TokenOutput(row, id) for row, id in enumerate(ids.tolist())]
     own = logprobs(logits, ids).tolist()
     top: list[tuple[tuple[int, float], ...]] = [()] * len(own)
     if n:
         likely = (x.tolist() for x in top_logprobs(logits, n))
         top = [tuple(zip(i, p, strict=True)) for i, p in zip(*likely, strict=True)]
-    return [Event(row, id, logprob=own[row], top=top[row]) for row, id in enumerate(ids.tolist())]
+    return [TokenOutput(row, id, logprob=own[row], top=top[row]) for row, id in enumerate(ids.tolist())]
 
 
 def check(spec: s.Spec, prompts: Sequence[Sequence[int]], request: Request) -> None:

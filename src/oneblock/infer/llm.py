@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
 from oneblock import store
-from oneblock.compiler import compiler_found
 from oneblock.errors import OneblockError
-from oneblock.infer.constrain import Constraint, Grammar, Shapes
-from oneblock.infer.generate import Event, Request, Texts, check, events, room
-from oneblock.infer.longer import lengthen
-from oneblock.infer.pages import PROMPT, REPAYS, settle
-from oneblock.infer.parallel import split
-from oneblock.infer.quantize import bits_of, load_quantized, quantized, write_quantized
-from oneblock.infer.sample import Choices, Sampling
-from oneblock.infer.saved import keep, take
-from oneblock.infer.speculate import Draft, Lookup, Tally, check_alike, speculated
+from oneblock.infer.extend_context import extend_context
+from oneblock.infer.generate import Request, Sequences, TokenOutput, check, events, room
+from oneblock.infer.prompt_cache import keep, take
+from oneblock.infer.sample import SamplingOptions, SamplingParams
+from oneblock.infer.speculate import ModelDrafter, NgramDrafter, SpeculativeStats, check_alike, speculated
 from oneblock.infer.stop import CONTEXT_OF_TEXT, Detokenizer, Finish
-from oneblock.infer.streamline import streamline
+from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput, StructuredOutputOptions
+from oneblock.kernels.compiler import compiler_found
+from oneblock.kernels.cpu_modules import optimize_for_cpu
+from oneblock.kernels.huge_pages import PROMPT, REPAYS, settle
 from oneblock.model import Decoder
-from oneblock.ranks import Ranks
+from oneblock.parallel.inference_tp import split
+from oneblock.parallel.process_group import Ranks
+from oneblock.quant.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.spec import Spec
 from oneblock.store.load import Checkpoint
-from oneblock.store.rules import Layout
+from oneblock.store.name_tables import Layout
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from oneblock.infer.compiled import Compiled
+    from oneblock.kernels.compiled_step import Compiled
 
 Ids: TypeAlias = "list[int]"
 Prompts: TypeAlias = "str | Ids | list[str] | list[Ids]"
@@ -43,7 +43,7 @@ MAX_TOKENS = 256
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "encoder.json", "*.tiktoken")
 
 
-class Options(Choices, Shapes, total=False):
+class Options(SamplingOptions, StructuredOutputOptions, total=False):
     """What `generate`, `stream` and `chat` take, besides how to choose a token and what the reply must be."""
 
     max_tokens: int | None  # default 256; None: as many as the context holds
@@ -92,7 +92,7 @@ class LLM:
         self.cache_bits: Literal[16, 8] = 16  # 8: keys and values take half the memory; 16: they are as the model is
         self.guesses = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
         self.draft: LLM | None = None  # who guesses; None: the text itself
-        self.tally = Tally()  # of the last text that was guessed
+        self.tally = SpeculativeStats()  # of the last text that was guessed
         self.prompt_cache: Path | None = None  # a file that keeps single texts' keys and values between runs
 
     def __repr__(self) -> str:
@@ -152,22 +152,24 @@ class LLM:
             grammar=self._grammar(options),
         )
 
-    def _grammar(self, options: Mapping[str, Any]) -> Grammar | None:
-        asked = {name: options[name] for name in Shapes.__annotations__ if options.get(name) is not None}
+    def _grammar(self, options: Mapping[str, Any]) -> CompiledGrammar | None:
+        asked = {
+            name: options[name] for name in StructuredOutputOptions.__annotations__ if options.get(name) is not None
+        }
         if not asked:
             return None
         if self.tokenizer is None:
             raise OneblockError(f"{next(iter(asked))} needs a tokenizer, which the model's folder lacks")
-        return Grammar(Constraint(**asked), self.tokenizer, self.spec.vocab)
+        return CompiledGrammar(StructuredOutput(**asked), self.tokenizer, self.spec.vocab)
 
-    def _sampling(self, options: Mapping[str, Any]) -> Sampling:
+    def _sampling(self, options: Mapping[str, Any]) -> SamplingParams:
         names = ["repetition_penalty"]
         if self.generation.get("do_sample"):
             names += ["temperature", "top_k", "top_p", "min_p"]
         own = {name: self.generation.get(name) for name in names}
-        asked = {name: options.get(name) for name in Choices.__annotations__}
+        asked = {name: options.get(name) for name in SamplingOptions.__annotations__}
         chosen = {name: value for values in (own, asked) for name, value in values.items() if value is not None}
-        return Sampling(**chosen)
+        return SamplingParams(**chosen)
 
     # ------------------------------------------------------------------ generate
 
@@ -204,7 +206,7 @@ class LLM:
         """The ids of `stream`, each as soon as it is chosen."""
         return (event.id for event in self._events(prompt, options))
 
-    def _events(self, prompt: str | list[int] | list[Message], options: Options) -> Iterator[Event]:
+    def _events(self, prompt: str | list[int] | list[Message], options: Options) -> Iterator[TokenOutput]:
         """The prompt is checked here, before the first piece is asked for."""
         ids = self._conversation(prompt) if _is_conversation(prompt) else self.encode(prompt)  # pyright: ignore
         request = self.request(**options)
@@ -215,35 +217,37 @@ class LLM:
             raise OneblockError("the model's folder has no tokenizer to chat with: use generate with a list of ids")
         return self.tokenizer.chat(list(messages))
 
-    def texts(self, prompts: Sequence[list[int]], request: Request) -> Texts:
+    def texts(self, prompts: Sequence[list[int]], request: Request) -> Sequences:
         """A batch ready to run, with room for what may come."""
         check(self.spec, prompts, request)
         longest = max(map(len, prompts), default=0)
         more = max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
         self._used += sum(map(len, prompts)) / PROMPT
-        return Texts(self.model, prompts, longest + more, self.ready(more), self.cache_bits == 8)
+        return Sequences(self.model, prompts, longest + more, self.ready(more), self.cache_bits == 8)
 
-    def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[Event]:
+    def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[TokenOutput]:
         return self.run(self.texts(prompts, request), request, [self.detokenizer(prompt) for prompt in prompts])
 
-    def run(self, texts: Texts, request: Request, detokenizers: Sequence[Detokenizer | None]) -> Iterator[Event]:
+    def run(
+        self, texts: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]
+    ) -> Iterator[TokenOutput]:
         """The texts' tokens as they come; of a single text guessed, and kept on disk, where that was asked for."""
         if len(texts.rows) > 1:
             return events(texts, request, detokenizers)
         found = self._guessed(texts, request, detokenizers[0]) if self.guesses else events(texts, request, detokenizers)
         return found if self.prompt_cache is None else self._kept(self.prompt_cache, texts, found)
 
-    def _kept(self, path: Path, texts: Texts, found: Iterator[Event]) -> Iterator[Event]:
+    def _kept(self, path: Path, texts: Sequences, found: Iterator[TokenOutput]) -> Iterator[TokenOutput]:
         """The same, begun from the file where it has the text's beginning, and written to it at the end."""
         if path.exists() and not texts.cache.length:
             take(path, texts)
         yield from found
         keep(path, texts)
 
-    def _guessed(self, texts: Texts, request: Request, detokenizer: Detokenizer | None) -> Iterator[Event]:
-        self.tally = Tally()
+    def _guessed(self, texts: Sequences, request: Request, detokenizer: Detokenizer | None) -> Iterator[TokenOutput]:
+        self.tally = SpeculativeStats()
         seed = request.seeds[0] if request.seeds else 0
-        guesser = Lookup() if self.draft is None else Draft(self.draft.model, request.sampling, seed + 1)
+        guesser = NgramDrafter() if self.draft is None else ModelDrafter(self.draft.model, request.sampling, seed + 1)
         return speculated(texts, request, detokenizer, guesser, self.guesses, self.tally)
 
     def guess(self, n: int, draft: LLM | None = None) -> None:
@@ -256,9 +260,9 @@ class LLM:
             check_alike(self.model, draft.model)
         self.guesses, self.draft = n, draft
 
-    def lengthen(self, context: int, rope: Literal["yarn", "linear", "dynamic"] = "yarn") -> None:
+    def extend_context(self, context: int, rope: Literal["yarn", "linear", "dynamic"] = "yarn") -> None:
         """Make room for texts of so many tokens by RoPE scaling (infer/longer.py)."""
-        lengthen(self.model, context, rope)
+        extend_context(self.model, context, rope)
         self.config = {}  # it describes another model now
 
     def ready(self, tokens: int) -> Compiled | None:
@@ -271,7 +275,7 @@ class LLM:
 
     def compiled(self, tokens: int) -> Compiled | None:
         """The step as one graph, where it was asked for or so many tokens repay its making."""
-        from oneblock.infer.compiled import Compiled, pays
+        from oneblock.kernels.compiled_step import Compiled, pays
 
         if self._compiled is None and self.compile == "on" and not compiler_found():
             warnings.warn("no C++ compiler was found: steps are not compiled (install g++)", stacklevel=2)
@@ -284,12 +288,12 @@ class LLM:
     def _complete(self, prompts: Sequence[list[int]], request: Request) -> list[Completion]:
         if not prompts:
             return []
-        rows: list[list[Event]] = [[] for _ in prompts]
+        rows: list[list[TokenOutput]] = [[] for _ in prompts]
         for event in self._run(prompts, request):
             rows[event.row].append(event)
         return [self._completion(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
 
-    def _completion(self, prompt: list[int], row: list[Event]) -> Completion:
+    def _completion(self, prompt: list[int], row: list[TokenOutput]) -> Completion:
         finish = row[-1].finish
         assert finish is not None, "a reply that has not ended"
         return Completion(
@@ -342,7 +346,7 @@ def load(
     if ranks is not None and several:
         split(found.model, ranks)
         found.model.to(device)
-    streamline(found.model)
+    optimize_for_cpu(found.model)
     return LLM(found.model, tokenizer, found.config, found.generation, found.layout)
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from oneblock.infer.llm import LLM
-    from oneblock.infer.quality import Quality
-    from oneblock.infer.quantize import Bits
+    from oneblock.quant.quality import Quality
+    from oneblock.quant.quantize import QuantConfig
 
 CONTEXT = 512  # tokens in a row of a text that calibrates or compares
 CALIBRATED = 16_384  # tokens in all
@@ -41,9 +41,9 @@ class QuantizeOptions:
 
 def quantize(options: QuantizeOptions) -> None:
     from oneblock.infer.llm import load
-    from oneblock.infer.quantize import Bits, weight_bytes
+    from oneblock.quant.quantize import QuantConfig, weight_bytes
 
-    bits = Bits(options.bits, options.group, options.fp8)
+    bits = QuantConfig(options.bits, options.group, options.fp8)
     if options.calibrate and bits.bits != 4 and not options.report:
         raise OneblockError("--calibrate is for 4 bits: 8 bits have no use for it")
     if options.report:
@@ -56,10 +56,10 @@ def quantize(options: QuantizeOptions) -> None:
     print(f"{before / 1e9:.3g} GB in bf16, {weight_bytes(llm.model) / 1e9:.3g} GB in {bits.bits} bits: {options.out}")
 
 
-def shrink(llm: LLM, bits: Bits, text: Path | None) -> None:
+def shrink(llm: LLM, bits: QuantConfig, text: Path | None) -> None:
     """In place."""
-    from oneblock.infer import quantize as plain
-    from oneblock.infer.calibrate import calibrate
+    from oneblock.quant import quantize as plain
+    from oneblock.quant.gptq import calibrate
 
     if text is None:
         plain.quantize(llm.model, bits)
@@ -102,18 +102,18 @@ def report(options: QuantizeOptions) -> None:
 
 def compared(options: QuantizeOptions, text: Path) -> list[Quality]:
     from oneblock.infer.llm import load
-    from oneblock.infer.quality import quality, reference
-    from oneblock.infer.quantize import Bits
+    from oneblock.quant.quality import quality, reference
+    from oneblock.quant.quantize import QuantConfig
 
     plain = load(options.model, "bfloat16")
     ids = rows(plain, text, min(COMPARED, HELD / plain.spec.vocab), last=True)
     expected = reference(plain.model, ids)
     found = [quality("bf16", plain.model, ids, expected)]
     del plain
-    ways = [("8 bits", Bits(8), None), ("8-bit floats", Bits(8, fp8=True), None)]
-    ways += [(f"4 bits, group {g}", Bits(4, g), None) for g in (32, 64, 128)]
+    ways = [("8 bits", QuantConfig(8), None), ("8-bit floats", QuantConfig(8, fp8=True), None)]
+    ways += [(f"4 bits, group {g}", QuantConfig(4, g), None) for g in (32, 64, 128)]
     if options.calibrate:
-        ways += [(f"4 bits, group {g}, calibrated", Bits(4, g), options.calibrate) for g in (32, 64, 128)]
+        ways += [(f"4 bits, group {g}, calibrated", QuantConfig(4, g), options.calibrate) for g in (32, 64, 128)]
     for name, bits, by in ways:
         llm = load(options.model, "bfloat16")
         shrink(llm, bits, by)

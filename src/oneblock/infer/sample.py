@@ -21,7 +21,7 @@ from oneblock.errors import OneblockError
 NEAREST = 512  # top-p sorts this many candidates first; they nearly always hold the mass, and sorting V takes ms
 
 
-class Choices(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """The fields of `Sampling` as keyword arguments; None: leave it to the model's own defaults."""
 
     temperature: float | None
@@ -35,7 +35,7 @@ class Choices(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a token is chosen. The defaults change nothing: a draw from the model's own distribution."""
 
     temperature: float = 1.0  # divides the logits; 0: always the most likely token
@@ -97,13 +97,17 @@ class Counts:
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, counts: Counts | None, uniform: Tensor | None, allowed: Tensor | None = None
+    logits: Tensor,
+    sampling: SamplingParams,
+    counts: Counts | None,
+    uniform: Tensor | None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row: logits (B, V) -> ids (B,). `uniform` (B,) in [0, 1) is the luck of each row.
 
     `allowed` (B, V): the ids that may be chosen at all.
     """
-    logits = adjusted(logits.float(), sampling, counts)
+    logits = process_logits(logits.float(), sampling, counts)
     if allowed is not None:
         logits = only(logits, allowed)
     if sampling.greedy:
@@ -120,14 +124,14 @@ def only(logits: Tensor, allowed: Tensor) -> Tensor:
     return logits
 
 
-def adjusted(logits: Tensor, sampling: Sampling, counts: Counts | None) -> Tensor:
+def process_logits(logits: Tensor, sampling: SamplingParams, counts: Counts | None) -> Tensor:
     """Logits (B, V) after bias and penalties."""
     if counts is not None and sampling.counts:
         logits = penalised(logits, sampling, counts)
     return biased(logits, sampling.logit_bias) if sampling.logit_bias else logits
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+def distribution(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """The probabilities (B, V) that a token is drawn from; adjusted logits go in."""
     if sampling.temperature != 1:  # relative to the largest: a tiny temperature must not overflow
         logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
@@ -138,7 +142,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def penalised(logits: Tensor, sampling: Sampling, counts: Counts) -> Tensor:
+def penalised(logits: Tensor, sampling: SamplingParams, counts: Counts) -> Tensor:
     repetition = sampling.repetition_penalty
     if repetition != 1:
         seen = counts.prompt | (counts.reply > 0)
@@ -194,7 +198,7 @@ class Sampler:
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: SamplingParams,
         seeds: Sequence[int],
         prompts: Sequence[Sequence[int]],
         vocab: int,

@@ -16,31 +16,31 @@ import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError
-from oneblock.infer.generate import Event, Request, Texts, chosen_from, context_limit, room
-from oneblock.infer.sample import Counts, Sampling, adjusted, distribution, draw, only
+from oneblock.infer.generate import Request, Sequences, TokenOutput, chosen_from, context_limit, room
+from oneblock.infer.sample import Counts, SamplingParams, distribution, draw, only, process_logits
 from oneblock.infer.stop import Detokenizer, Reply
 from oneblock.model import Decoder
 
 if TYPE_CHECKING:
-    from oneblock.infer.constrain import Matchers
+    from oneblock.infer.structured_output import GrammarMatchers
 
 LONGEST, SHORTEST = 4, 2  # tokens that must have occurred before for what followed them to be guessed
 
 
 @dataclass(frozen=True)
-class Guess:
+class DraftTokens:
     ids: list[int]
     weights: Tensor | None = None  # (n, V): what each was drawn from; None: they are sure
 
 
-class Guesser(Protocol):
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+class Drafter(Protocol):
+    def guess(self, text: Sequence[int], n: int) -> DraftTokens:
         """Up to n tokens that may follow."""
         ...
 
 
 @dataclass
-class Tally:
+class SpeculativeStats:
     """How many guesses there were, and how many were kept."""
 
     guessed: int = 0
@@ -50,14 +50,14 @@ class Tally:
         return f"{self.kept:,} of {self.guessed:,} guessed tokens kept ({self.kept / max(self.guessed, 1):.0%})"
 
 
-class Lookup:
+class NgramDrafter:
     """What followed the last words when the text had them before (prompt lookup)."""
 
     def __init__(self) -> None:
         self.after: dict[tuple[int, ...], int] = {}  # some ids -> where what followed them begins, latest first
         self.read = 0
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    def guess(self, text: Sequence[int], n: int) -> DraftTokens:
         known = tuple(text)
         for end in range(max(self.read, 1), len(known)):  # the text's own end is not yet followed by anything
             for size in range(SHORTEST, min(LONGEST, end) + 1):
@@ -65,23 +65,23 @@ class Lookup:
         self.read = len(known)
         for size in range(min(LONGEST, len(known)), SHORTEST - 1, -1):
             if (start := self.after.get(known[-size:])) is not None:
-                return Guess(list(known[start : start + n]))
-        return Guess([])
+                return DraftTokens(list(known[start : start + n]))
+        return DraftTokens([])
 
 
-class Draft:
+class ModelDrafter:
     """What a smaller model with the same vocabulary would write."""
 
-    def __init__(self, model: Decoder, sampling: Sampling, seed: int):
+    def __init__(self, model: Decoder, sampling: SamplingParams, seed: int):
         self.model, self.sampling = model, replace(sampling, logit_bias={})
-        self.texts: Texts | None = None
+        self.texts: Sequences | None = None
         self.luck = torch.Generator().manual_seed(seed % 2**63)
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    def guess(self, text: Sequence[int], n: int) -> DraftTokens:
         limit = context_limit(self.model.spec)
         n = n if limit is None else max(min(n, limit - len(text)), 0)
         if self.texts is None:
-            self.texts = Texts(self.model, [text], len(text) + n)
+            self.texts = Sequences(self.model, [text], len(text) + n)
         else:
             self.texts.replace(text)
         ids, weights = [], []
@@ -91,7 +91,7 @@ class Draft:
             self.texts.append([id])
             ids.append(id)
             weights.append(p)
-        return Guess(ids, torch.stack(weights) if weights else None)
+        return DraftTokens(ids, torch.stack(weights) if weights else None)
 
 
 def check_alike(model: Decoder, draft: Decoder) -> None:
@@ -105,12 +105,12 @@ def check_alike(model: Decoder, draft: Decoder) -> None:
 # ------------------------------------------------------------------ checking
 
 
-def weighed(logits: Tensor, sampling: Sampling, counts: Counts | None, allowed: Tensor | None = None) -> Tensor:
+def weighed(logits: Tensor, sampling: SamplingParams, counts: Counts | None, allowed: Tensor | None = None) -> Tensor:
     """The distribution (V,) that a token is drawn from; all of it on one token where the choice is greedy.
 
     `allowed` (1, V): the ids that may be chosen at all.
     """
-    logits = adjusted(logits.float().view(1, -1), sampling, counts)
+    logits = process_logits(logits.float().view(1, -1), sampling, counts)
     logits = logits if allowed is None else only(logits, allowed)
     if sampling.greedy:
         return torch.zeros_like(logits[0]).index_fill_(0, logits.argmax(-1), 1.0)
@@ -122,7 +122,7 @@ def pick(weights: Tensor, luck: torch.Generator) -> int:
     return int(draw(weights[None].cpu(), uniform))
 
 
-def settled(p: Tensor, id: int, q: Tensor | None, luck: torch.Generator) -> tuple[int, bool]:
+def rejection_sample(p: Tensor, id: int, q: Tensor | None, luck: torch.Generator) -> tuple[int, bool]:
     """The token at one place, and whether it is the guessed one: p (V,) is the model's, q what the guess is from."""
     chance = 1.0 if q is None else float(q[id])
     if torch.rand(1, dtype=torch.float64, generator=luck).item() * chance < float(p[id]):
@@ -137,27 +137,27 @@ def settled(p: Tensor, id: int, q: Tensor | None, luck: torch.Generator) -> tupl
 class Speculation:
     """One text, its guesser, and the state of its draws."""
 
-    texts: Texts
+    texts: Sequences
     request: Request
-    guesser: Guesser
+    guesser: Drafter
     length: int  # guesses at a time
     luck: torch.Generator
     counts: Counts | None
-    matchers: Matchers | None  # of the only row
-    tally: Tally = field(default_factory=Tally)
+    matchers: GrammarMatchers | None  # of the only row
+    tally: SpeculativeStats = field(default_factory=SpeculativeStats)
 
-    def step(self, most: int) -> list[tuple[Event, bool]]:
+    def step(self, most: int) -> list[tuple[TokenOutput, bool]]:
         """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come.
 
         With each whether nothing may follow it. The cache has no more than the row then.
         """
         texts, [row] = self.texts, self.texts.rows
         n = min(self.length, most - 1)
-        guess = self.guesser.guess(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else Guess([])
+        guess = self.guesser.guess(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else DraftTokens([])
         logits = texts.peek(guess.ids)
         if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
-        chosen: list[tuple[Event, bool]] = []
+        chosen: list[tuple[TokenOutput, bool]] = []
         for i in range(len(guess.ids) + 1):
             id, kept = self.settle(logits[i], guess, i)
             [event] = chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)
@@ -171,14 +171,14 @@ class Speculation:
         texts.cache.rewind(len(row) - 1)  # the last of them is the model's own, and not yet fed
         return chosen
 
-    def settle(self, logits: Tensor, guess: Guess, i: int) -> tuple[int, bool]:
+    def settle(self, logits: Tensor, guess: DraftTokens, i: int) -> tuple[int, bool]:
         """The token after the first i guesses, and whether it is the next of them."""
         allowed = None if self.matchers is None else self.matchers.allowed()
         p = weighed(logits, self.request.sampling, self.counts, allowed)
         if i == len(guess.ids):
             found = pick(p, self.luck), False
         else:
-            found = settled(p, guess.ids[i], None if guess.weights is None else guess.weights[i], self.luck)
+            found = rejection_sample(p, guess.ids[i], None if guess.weights is None else guess.weights[i], self.luck)
         if self.counts is not None:
             self.counts.add(torch.tensor([found[0]], device=logits.device))
         return found
@@ -186,8 +186,13 @@ class Speculation:
 
 @torch.inference_mode()
 def speculated(
-    texts: Texts, request: Request, detokenizer: Detokenizer | None, guesser: Guesser, length: int, tally: Tally
-) -> Iterator[Event]:
+    texts: Sequences,
+    request: Request,
+    detokenizer: Detokenizer | None,
+    guesser: Drafter,
+    length: int,
+    tally: SpeculativeStats,
+) -> Iterator[TokenOutput]:
     """`generate.events` for one text."""
     most = room(texts.model.spec, texts.rows[0], request.max_tokens)
     reply = Reply(detokenizer, most, request.stop_ids, request.stop)

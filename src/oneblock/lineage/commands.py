@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from oneblock.errors import OneblockError
 from oneblock.lineage import table
 from oneblock.plan import Plan, Run, plan, train_run
-from oneblock.plan import words as plain
+from oneblock.plan import describe as plain
 from oneblock.spec import FAMILIES, MODELS, Spec, spec
 
 

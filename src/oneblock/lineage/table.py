@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oneblock.plan import cache, params
-from oneblock.plan.words import Change
+from oneblock.plan.describe import Change
 from oneblock.spec import Model, Spec
 
 if TYPE_CHECKING:

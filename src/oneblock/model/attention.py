@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from oneblock import spec as s
 from oneblock.model import flex
+from oneblock.model.context import ForwardContext
 from oneblock.model.norm import Norm, l2_norm
 from oneblock.model.rope import rotate
-from oneblock.model.step import Step
 
 BLOCK = 256  # queries at a time where a mask or the scores are written out: memory stays linear in the text
 
@@ -41,30 +41,30 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (Norm(norm, n) for n in sizes) if sizes else (nn.Identity(), nn.Identity())
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
-    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        return self.wo(self.mixed(x, step, layer))
+    def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
+        return self.wo(self.mixed(x, ctx, layer))
 
-    def mixed(self, x: Tensor, step: Step, layer: int) -> Tensor:
+    def mixed(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         """What the heads read, (B, T, heads x D), before the last product."""
-        a, asking = self.spec, step.asking
-        source = step.image if a.cross else x
+        a, asking = self.spec, ctx.asking
+        source = ctx.image if a.cross else x
         assert source is not None, "the decoder skips cross-attention where there is no image"
-        q, k, v = self.project(step.asked(x), source)
-        q, k, v = self.placed(q, self.q_norm, asking), self.placed(k, self.k_norm, step), self.heads(v)
-        if a.tempering:
-            q = q * temperature(asking.positions, *a.tempering).type_as(q)
-        if step.cache is not None and not a.cross:
-            k, v = step.cache.update(layer, k, v)
+        q, k, v = self.project(ctx.asked(x), source)
+        q, k, v = self.placed(q, self.q_norm, asking), self.placed(k, self.k_norm, ctx), self.heads(v)
+        if a.temperature_tuning:
+            q = q * temperature(asking.positions, *a.temperature_tuning).type_as(q)
+        if ctx.cache is not None and not a.cross:
+            k, v = ctx.cache.update(layer, k, v)
         y = self.read(q, k, v, asking, layer)
         return y.transpose(1, 2).flatten(2)
 
-    def placed(self, x: Tensor, norm: nn.Module, step: Step) -> Tensor:
+    def placed(self, x: Tensor, norm: nn.Module, ctx: ForwardContext) -> Tensor:
         """Queries or keys as they meet, normed and turned to their positions: (B, T, heads x D) -> (B, heads, T, D)."""
         a = self.spec
         x = self.heads(norm(x) if a.qk_norm == "full" else x)
         x = norm(x) if a.qk_norm == "head" else x
         if a.rope:
-            x = self.turn(x, *step.rotary(a.rope, a.head_dim, x.dtype))
+            x = self.turn(x, *ctx.rotary(a.rope, a.head_dim, x.dtype))
         return l2_norm(x, self.eps) if a.qk_norm == "l2" else x
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class Attention(nn.Module):
         """Queries, keys and values, (B, T, heads x D) each: inference puts one product in its place."""
         return self.wq(x), self.wk(source), self.wv(source)
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, step: Step, layer: int) -> Tensor:
+    def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         """`attend`, as a step that inference may do otherwise."""
-        return attend(q, k, v, self.spec, step, layer, self.sinks)
+        return attend(q, k, v, self.spec, ctx, layer, self.sinks)
 
 
 def temperature(positions: Tensor, floor: float, slope: float) -> Tensor:
@@ -90,21 +90,23 @@ def temperature(positions: Tensor, floor: float, slope: float) -> Tensor:
     return (1 + slope * torch.log1p(steps.clamp(min=0)))[:, None, :, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, ctx: ForwardContext, layer: int, sinks: Tensor | None
+) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): torch's fused path wherever it applies."""
-    sees = step.sees(a, k.shape[2])
+    sees = ctx.sees(a, k.shape[2])
     if sees == "later" and (q.device.type != "cpu" or q.requires_grad or torch.compiler.is_compiling()):
         sees = "mask"
     written_out = a.softcap is not None or sinks is not None
-    if flex.applies(q, step) and (sees == "mask" or written_out):
-        return flex.attend(q, k, v, a, step, layer, sinks)
+    if flex.applies(q, ctx) and (sees == "mask" or written_out):
+        return flex.attend(q, k, v, a, ctx, layer, sinks)
     if written_out or sees == "mask":
-        return _by_blocks(q, k, v, a, step, layer, sinks)
+        return _by_blocks(q, k, v, a, ctx, layer, sinks)
     if sees in ("causal", "later") and _products_pay(q, k.shape[2]):
-        return by_products(q, k, v, partial(_weights, a, step))
+        return blocked_matmul(q, k, v, partial(_weights, a, ctx))
     if sees == "later":
         return _later(q, k, v, a)
-    return _fused(q, k, v, a, step, causal=sees == "causal")
+    return _fused(q, k, v, a, ctx, causal=sees == "causal")
 
 
 def _products_pay(q: Tensor, keys: int) -> bool:
@@ -117,10 +119,16 @@ def _products_pay(q: Tensor, keys: int) -> bool:
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: s.Attention,
+    ctx: ForwardContext,
+    mask: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     scale = a.scale or a.head_dim**-0.5
-    groups, dropout = q.shape[1] // k.shape[1], step.dropout.attn
+    groups, dropout = q.shape[1] // k.shape[1], ctx.dropout.attn
     if q.shape[2] == 1 and groups > 1 and not causal:
         # One query: the heads of a group become its rows, since CPUs read each key once that way (10x in bf16).
         q = q.view(q.shape[0], k.shape[1], groups, -1)
@@ -129,7 +137,7 @@ def _fused(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
-def by_products(q: Tensor, k: Tensor, v: Tensor, weigh: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+def blocked_matmul(q: Tensor, k: Tensor, v: Tensor, weigh: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
     """Causal attention as two batched products for each block of queries; the heads of a group are rows of one.
 
     `weigh`: of the last queries of a text (B K, G rows, D), of its keys (B K, keys, D) and of G, the weights.
@@ -147,15 +155,15 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, weigh: Callable[[Tensor, Tensor
     return torch.cat(parts, 1).transpose(1, 2)  # the heads of a token in a row, as the next product reads them
 
 
-def _weights(a: s.Attention, step: Step, q: Tensor, k: Tensor, groups: int) -> Tensor:
+def _weights(a: s.Attention, ctx: ForwardContext, q: Tensor, k: Tensor, groups: int) -> Tensor:
     rows, keys = q.shape[1] // groups, k.shape[1]
 
     def build() -> Tensor:
         return torch.full((rows, keys), -math.inf, dtype=q.dtype).triu(keys - rows + 1).repeat(groups, 1)
 
-    bias = step.shared(f"bias{groups}", a, build) if rows == keys else build()
+    bias = ctx.shared(f"bias{groups}", a, build) if rows == keys else build()
     weights = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=a.scale or a.head_dim**-0.5).softmax(-1)
-    return F.dropout(weights, step.dropout.attn) if step.dropout.attn else weights
+    return F.dropout(weights, ctx.dropout.attn) if ctx.dropout.attn else weights
 
 
 def _later(q: Tensor, k: Tensor, v: Tensor, a: s.Attention) -> Tensor:
@@ -167,25 +175,27 @@ def _later(q: Tensor, k: Tensor, v: Tensor, a: s.Attention) -> Tensor:
     return own.lerp(before, torch.sigmoid(before_sum - own_sum)[..., None].type_as(own))
 
 
-def _by_blocks(q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, layer: int, sinks: Tensor | None) -> Tensor:
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, ctx: ForwardContext, layer: int, sinks: Tensor | None
+) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     block = queries if torch.compiler.is_compiling() else BLOCK
     parts = []
     for start in range(0, queries, max(block, 1)) if queries > block else (0,):
         rows = slice(start, min(start + block, queries))
-        cols = _columns(a, step, rows, queries, keys)
-        mask = None if a.cross else step.mask(a, layer, rows, cols)
+        cols = _columns(a, ctx, rows, queries, keys)
+        mask = None if a.cross else ctx.mask(a, layer, rows, cols)
         part = q[:, :, rows], k[:, :, cols], v[:, :, cols]
         if a.softcap is None and sinks is None:
-            parts.append(_fused(*part, a, step, mask))
+            parts.append(_fused(*part, a, ctx, mask))
         else:
-            parts.append(_written_out(*part, a, step, mask, sinks))
+            parts.append(_written_out(*part, a, ctx, mask, sinks))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _columns(a: s.Attention, step: Step, rows: slice, queries: int, keys: int) -> slice:
+def _columns(a: s.Attention, ctx: ForwardContext, rows: slice, queries: int, keys: int) -> slice:
     """The keys that a block of queries can see, where the shapes alone tell."""
-    if not step.ordered or queries != keys or queries <= BLOCK or torch.compiler.is_compiling():
+    if not ctx.ordered or queries != keys or queries <= BLOCK or torch.compiler.is_compiling():
         return slice(0, keys)
     first = max(0, rows.start - a.window + 1) if a.window else 0
     if a.chunk:
@@ -194,7 +204,7 @@ def _columns(a: s.Attention, step: Step, rows: slice, queries: int, keys: int) -
 
 
 def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, step: Step, mask: Tensor | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, a: s.Attention, ctx: ForwardContext, mask: Tensor | None, sinks: Tensor | None
 ) -> Tensor:
     """Attention with its scores in the open, for what the fused kernels cannot do: soft caps and sinks."""
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, T, D)
@@ -207,7 +217,7 @@ def _written_out(
         weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    weights = F.dropout(weights, step.dropout.attn) if step.dropout.attn else weights
+    weights = F.dropout(weights, ctx.dropout.attn) if ctx.dropout.attn else weights
     return (weights.type_as(v) @ v[:, :, None]).flatten(1, 2)
 
 

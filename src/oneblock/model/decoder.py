@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from oneblock import spec as s
 from oneblock.errors import OneblockError
 from oneblock.model.attention import Attention, softcap
+from oneblock.model.context import Cache, Dropout, ForwardContext
 from oneblock.model.mlp import Mlp, Moe
 from oneblock.model.norm import Norm
 from oneblock.model.rope import sinusoids
-from oneblock.model.step import Cache, Dropout, Step
 
 
 class Block(nn.Module):
@@ -44,22 +44,22 @@ class Block(nn.Module):
         self.attn_gate = nn.Parameter(torch.zeros(1)) if spec.gated else None
         self.mlp_gate = nn.Parameter(torch.zeros(1)) if spec.gated else None
 
-    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        drop = step.dropout
+    def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
+        drop = ctx.dropout
 
         def attn(x: Tensor) -> Tensor:
-            return dropped(self.attn(lowered(x), step, layer), drop.residual)
+            return dropped(self.attn(lowered(x), ctx, layer), drop.residual)
 
         def mlp(x: Tensor) -> Tensor:
             return dropped(self.mlp(lowered(x), drop.mlp), drop.residual)
 
-        asked = step.asked(x)
+        asked = ctx.asked(x)
         if self.residual == "post":
             x = self.attn_out(asked + attn(x))
             return self.mlp_out(x + mlp(x))
         if self.residual in ("parallel", "parallel_two"):
             h = lowered(self.attn_in(x))
-            return asked + attn(h) + mlp(step.asked(h) if self.residual == "parallel" else self.mlp_in(asked))
+            return asked + attn(h) + mlp(ctx.asked(h) if self.residual == "parallel" else self.mlp_in(asked))
         x = asked + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
         return x + gated(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
 
@@ -108,10 +108,10 @@ class Decoder(nn.Module):
         `image` (B, S, dim) is what cross-attention layers read; without it they are skipped, as in text-only use.
         `documents` (B, T) keeps attention inside each document of a packed row.
         """
-        x = self.hidden(ids, positions=positions, cache=cache, image=image, documents=documents, dropout=dropout)
+        x = self.hidden_states(ids, positions=positions, cache=cache, image=image, documents=documents, dropout=dropout)
         return self.logits(x)
 
-    def hidden(
+    def hidden_states(
         self,
         ids: Tensor,
         *,
@@ -133,14 +133,14 @@ class Decoder(nn.Module):
             self._check_length(start + ids.shape[1])
         if cache is not None:
             cache.begin(positions)
-        step = Step(positions, ordered, start, cache, image, documents, dropout or Dropout())
-        x = dropped(self.embedded(ids, positions), step.dropout.embed)
+        ctx = ForwardContext(positions, ordered, start, cache, image, documents, dropout or Dropout())
+        x = dropped(self.embedded(ids, positions), ctx.dropout.embed)
         for layer, block in enumerate(self.blocks):
             if image is None and self.spec.layers[layer].attn.cross:
                 continue
             if layer == len(self.blocks) - 1 and cache is not None and last is not None and last < x.shape[1]:
-                step = replace(step, last=last)
-            x = block(x, step, layer)
+                ctx = replace(ctx, last=last)
+            x = block(x, ctx, layer)
         if cache is not None:
             cache.end()
         return self.norm(x if last is None else x[:, -last:])
@@ -155,9 +155,9 @@ class Decoder(nn.Module):
             return x + self.positions(positions.clamp(min=0) + table.offset)
         return x if table is None else x + sinusoids(positions, self.spec.dim).type_as(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden_dim: Tensor) -> Tensor:
         """(..., dim) -> (..., vocab)."""
-        y = self.head(hidden)
+        y = self.head(hidden_dim)
         y = y * self.spec.logit_scale if self.spec.logit_scale != 1.0 else y
         return softcap(y, self.spec.logit_softcap)
 

@@ -37,9 +37,9 @@ class Mlp(nn.Module):
     def __init__(self, spec: s.Mlp, dim: int):
         super().__init__()
         self.spec = spec
-        self.gate = nn.Linear(dim, spec.hidden, bias=spec.bias) if spec.gated else None
-        self.up = nn.Linear(dim, spec.hidden, bias=spec.bias)
-        self.down = nn.Linear(spec.hidden, dim, bias=spec.bias)
+        self.gate = nn.Linear(dim, spec.hidden_dim, bias=spec.bias) if spec.gated else None
+        self.up = nn.Linear(dim, spec.hidden_dim, bias=spec.bias)
+        self.down = nn.Linear(spec.hidden_dim, dim, bias=spec.bias)
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         h = self.inner(x)
@@ -63,10 +63,10 @@ class Experts(nn.Module):
         def bias(n_out: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(n_experts, n_out)) if spec.bias else None
 
-        self.gate = weight(spec.hidden, dim) if spec.gated else None
-        self.up, self.down = weight(spec.hidden, dim), weight(dim, spec.hidden)
-        self.gate_bias = bias(spec.hidden) if spec.gated else None
-        self.up_bias, self.down_bias = bias(spec.hidden), bias(dim)
+        self.gate = weight(spec.hidden_dim, dim) if spec.gated else None
+        self.up, self.down = weight(spec.hidden_dim, dim), weight(dim, spec.hidden_dim)
+        self.gate_bias = bias(spec.hidden_dim) if spec.gated else None
+        self.up_bias, self.down_bias = bias(spec.hidden_dim), bias(dim)
 
     def forward(self, x: Tensor, expert: Tensor, dropout: float = 0.0) -> Tensor:
         """Each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""

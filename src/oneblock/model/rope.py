@@ -67,7 +67,7 @@ def yarn_ramp(yarn: s.Yarn, theta: float, dim: int, device: torch.device) -> Ten
     def dimension(turns: float) -> float:
         return dim * math.log(yarn.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = dimension(yarn.fast), dimension(yarn.slow)
+    first, last = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)

@@ -12,11 +12,11 @@ from typing import Any
 
 from oneblock.errors import OneblockError
 from oneblock.plan import cache, flops, memory, params, training
-from oneblock.plan.memory import Serving, Setup, Training
+from oneblock.plan.memory import Serving, Training, TrainingConfig
 from oneblock.plan.training import BESIROGLU, GPUS, Gpu, Run, optimal_tokens
 from oneblock.spec import Spec
 
-__all__ = ["GPUS", "Gpu", "Plan", "Run", "Serving", "Setup", "Training", "plan", "train_run"]
+__all__ = ["GPUS", "Gpu", "Plan", "Run", "Serving", "Training", "TrainingConfig", "plan", "train_run"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def plan(spec: Spec, context: int | None = None, batch: int = 1, dtype: str = "b
         flops_train=flops.train(spec, context, image=image),
         bytes_decode=bytes_decoded(spec, context, batch, dtype, image),
         serving=memory.serving(spec, context, batch, dtype, image),
-        training=memory.training(spec, context, batch, Setup(dtype)),
-        training_checkpointed=memory.training(spec, context, batch, Setup(dtype, recompute="full")),
+        training=memory.training(spec, context, batch, TrainingConfig(dtype)),
+        training_checkpointed=memory.training(spec, context, batch, TrainingConfig(dtype, recompute="full")),
         optimal_tokens=optimal_tokens(active),
         optimal_tokens_law=optimal_tokens(active, BESIROGLU),
     )

@@ -30,7 +30,7 @@ Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
-class Kept:
+class ActivationConfig:
     """How it is computed: what decides about bytes beside the Spec."""
 
     size: int = 2  # bytes of a number in products
@@ -39,7 +39,7 @@ class Kept:
     tp: int = 1  # ranks that have a piece of every row each, but in products
 
 
-def activations(spec: Spec, kept: Kept, recompute: Recompute = "none") -> int:
+def activations(spec: Spec, kept: ActivationConfig, recompute: Recompute = "none") -> int:
     """Bytes per token, the loss left out.
 
     Recomputing in full keeps each layer's input, selectively that and its products; all of one layer comes back.
@@ -53,7 +53,7 @@ def activations(spec: Spec, kept: Kept, recompute: Recompute = "none") -> int:
     return ends + inputs + products + max(layers)
 
 
-def layer(x: Layer, spec: Spec, kept: Kept) -> int:
+def layer(x: Layer, spec: Spec, kept: ActivationConfig) -> int:
     """Bytes per token that one layer keeps."""
     on_stream, on_answers = NORMS[x.residual]
     inputs = 1 if x.residual == "parallel" else 2  # what the first products of the sublayers read
@@ -62,11 +62,11 @@ def layer(x: Layer, spec: Spec, kept: Kept) -> int:
     return norms + gates + inputs * spec.dim * kept.size + attention(x.attn, spec.norm, kept) + mlp(x.mlp, spec, kept)
 
 
-def norm(n: Norm, dim: int, kept: Kept) -> int:
+def norm(n: Norm, dim: int, kept: ActivationConfig) -> int:
     return (2 if n.kind == "rms" and kept.cpu else 1) * dim * WIDE
 
 
-def attention(a: Attention, n: Norm, kept: Kept) -> int:
+def attention(a: Attention, n: Norm, kept: ActivationConfig) -> int:
     """q, k, v as attention reads them, its answer, scores or their sums, and what q and k were before their norm."""
     q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
     vectors = (2 * q + (0 if a.cross else 2 * kv)) * kept.size
@@ -74,7 +74,7 @@ def attention(a: Attention, n: Norm, kept: Kept) -> int:
     return vectors + before + scores(a, kept)
 
 
-def scores(a: Attention, kept: Kept) -> int:
+def scores(a: Attention, kept: ActivationConfig) -> int:
     """Softmax statistics in fp32; or, of short texts on CPUs, the lower triangle of the weights in blocks."""
     if not kept.cpu or kept.context > SHORT[kept.size] or a.window or a.chunk or a.softcap or a.sinks:
         return 4 * a.n_heads
@@ -82,10 +82,10 @@ def scores(a: Attention, kept: Kept) -> int:
     return round(a.n_heads * kept.context * (blocks + 1) / (2 * blocks)) * kept.size
 
 
-def mlp(m: Mlp | Moe, spec: Spec, kept: Kept) -> int:
+def mlp(m: Mlp | Moe, spec: Spec, kept: ActivationConfig) -> int:
     """Gated: gate, act(gate), up and their product; plain: before and after the activation. ReLU needs only after."""
     if isinstance(m, Mlp):
-        return ((4 if m.gated else 2) - (m.act == "relu")) * m.hidden * kept.size
+        return ((4 if m.gated else 2) - (m.act == "relu")) * m.hidden_dim * kept.size
     routed = m.top_k * (mlp(m.expert, spec, kept) + 2 * spec.dim * kept.size)  # a copy of the token goes in and out
     shared = mlp(m.shared, spec, kept) if m.shared else 0
     return routed + shared + (m.n_experts + m.shared_gate * spec.dim) * kept.size
@@ -96,4 +96,4 @@ def layer_products(x: Layer, dim: int) -> int:
     a, m = x.attn, x.mlp
     attn = (a.n_heads + (0 if a.cross else 2 * a.n_kv_heads)) * a.head_dim + dim
     dense = m if isinstance(m, Mlp) else m.shared
-    return attn + ((1 + dense.gated) * dense.hidden + dim if dense else 0)
+    return attn + ((1 + dense.gated) * dense.hidden_dim + dim if dense else 0)

@@ -13,7 +13,7 @@ from oneblock.spec import Attention, Mlp, Moe, Spec
 def product_weights(m: Mlp | Moe, dim: int) -> int:
     """Weights that one token is multiplied with, biases left out."""
     if isinstance(m, Mlp):
-        return (2 + m.gated) * dim * m.hidden
+        return (2 + m.gated) * dim * m.hidden_dim
     shared = product_weights(m.shared, dim) if m.shared else 0
     return dim * m.n_experts + m.top_k * product_weights(m.expert, dim) + shared + m.shared_gate * dim
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from oneblock.errors import OneblockError
 from oneblock.plan import params
-from oneblock.plan.activations import Kept, Recompute, activations
+from oneblock.plan.activations import ActivationConfig, Recompute, activations
 from oneblock.plan.cache import kv_bytes
 from oneblock.spec import Attention, Layer, Mlp, Moe, Spec
 
@@ -44,7 +44,7 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Over:
+class Parallelism:
     """Ranks that share one model, by how they do (docs/parallel.md): what each then holds is less."""
 
     fsdp: int = 1  # every tensor is kept in so many parts, and whole while it is used
@@ -61,14 +61,14 @@ class Over:
             attn = replace(x.attn, n_heads=max(heads, 1), n_kv_heads=max(kv_heads, 1))
             if isinstance(x.mlp, Moe):
                 return replace(x, attn=attn, mlp=replace(x.mlp, n_experts=max(x.mlp.n_experts // self.ep, 1)))
-            return replace(x, attn=attn, mlp=replace(x.mlp, hidden=max(x.mlp.hidden // self.tp, 1)))
+            return replace(x, attn=attn, mlp=replace(x.mlp, hidden_dim=max(x.mlp.hidden_dim // self.tp, 1)))
 
         spec = replace(spec, n_layers=-(-spec.n_layers // self.pp))
         return spec if self.tp == self.ep == 1 else replace(spec, pattern=tuple(map(layer, spec.pattern)))
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainingConfig:
     """How a model is trained: what decides about memory beside its Spec."""
 
     dtype: str = "bfloat16"  # of the products; weights, gradients and sums are fp32
@@ -77,7 +77,7 @@ class Setup:
     accumulate: bool = False  # gradients of earlier batches, or their memory, are there in the next forward pass
     ema: bool = False
     cpu: bool = False
-    over: Over = Over()
+    over: Parallelism = Parallelism()
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ def _attention_width(a: Attention) -> int:
 def _mlp_width(m: Mlp | Moe) -> int:
     """Gate, up and their product, for every expert a token is copied to."""
     if isinstance(m, Mlp):
-        return (2 + m.gated) * m.hidden
+        return (2 + m.gated) * m.hidden_dim
     shared = _mlp_width(m.shared) if m.shared else 0
     return max(m.top_k * _mlp_width(m.expert), shared)
 
 
-def training(spec: Spec, context: int, batch: int = 1, setup: Setup = Setup()) -> Training:
+def training(spec: Spec, context: int, batch: int = 1, setup: TrainingConfig = TrainingConfig()) -> Training:
     """One device, which sees `batch` texts of `context` tokens at a time. States: 16 bytes a parameter it keeps.
 
     4 for the weight, 4 for its gradient, 8 for AdamW's moments, all fp32 (as arXiv:1910.02054, section 3.1, counts
@@ -152,7 +152,7 @@ def training(spec: Spec, context: int, batch: int = 1, setup: Setup = Setup()) -
     spec, tokens = over.part(spec), batch * context // over.cp
     count, head = params.total(spec), spec.vocab * spec.dim
     in_products = count - (spec.vocab + spec.embed_extra) * spec.dim * (1 if spec.tied else 2)
-    kept = Kept(size, context, setup.cpu, over.tp)
+    kept = ActivationConfig(size, context, setup.cpu, over.tp)
     again = 4 * head * (1 + setup.accumulate) if spec.tied or setup.accumulate else 0
     return Training(
         weights=4 * count // over.fsdp,

@@ -38,7 +38,7 @@ def qk_norms(a: Attention, n: Norm) -> int:
 
 
 def mlp(m: Mlp, dim: int) -> int:
-    return (1 + m.gated) * linear(dim, m.hidden, m.bias) + linear(m.hidden, dim, m.bias)
+    return (1 + m.gated) * linear(dim, m.hidden_dim, m.bias) + linear(m.hidden_dim, dim, m.bias)
 
 
 def experts(m: Moe, dim: int, active: bool = False) -> int:

@@ -43,7 +43,7 @@ def heads(dim: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None) 
     return n_heads, n_kv_heads, head_dim or dim // n_heads
 
 
-def gated_hidden(dim: int) -> int:
+def gated_hidden_dim(dim: int) -> int:
     """8/3 dim, up to a multiple of 32: three matrices then cost what two of 4 dim do (arXiv:2002.05202)."""
     return 32 * math.ceil(dim * 8 / 3 / 32)
 

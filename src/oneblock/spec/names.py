@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from oneblock.errors import OneblockError
-from oneblock.spec import cohere, gemma, gpt, gpt_oss, llama, mistral, olmo, phi, qwen
+from oneblock.spec.families import cohere, gemma, gpt, gpt_oss, llama, mistral, olmo, phi, qwen
 from oneblock.spec.parts import Spec
 
 

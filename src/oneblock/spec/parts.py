@@ -63,8 +63,8 @@ class Yarn:
 
     factor: float
     context: int  # the context length before scaling
-    fast: float = 32.0
-    slow: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     truncate: bool = True  # round the ramp's ends to whole dimensions
     gain: float = 1.0  # multiplies cos and sin
 
@@ -105,14 +105,16 @@ class Attention:
     qk_norm: Literal["head", "full", "l2"] | None = None
     scale: float | None = None  # None: head_dim ** -0.5
     softcap: float | None = None
-    tempering: tuple[float, float] | None = None  # (floor, slope): longer contexts get sharper queries (Llama 4)
+    temperature_tuning: tuple[float, float] | None = (
+        None  # (floor, slope): longer contexts get sharper queries (Llama 4)
+    )
     sinks: bool = False  # one learned logit per head that takes attention and gives nothing (gpt-oss)
     cross: bool = False  # keys and values come from the image, all of them visible
 
 
 @dataclass(frozen=True)
 class Mlp:
-    hidden: int
+    hidden_dim: int
     act: str = "silu"  # a key of model.mlp.ACT
     gated: bool = True
     bias: bool = False

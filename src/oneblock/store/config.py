@@ -9,7 +9,7 @@ from typing import Any
 from oneblock.errors import OneblockError
 from oneblock.spec import Spec
 from oneblock.store.families import FAMILIES
-from oneblock.store.rules import Family
+from oneblock.store.name_tables import Family
 
 CONFIG = "config.json"
 QUANTIZED = "oneblock"  # the quant_method of our own folders of codes

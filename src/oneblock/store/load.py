@@ -17,7 +17,7 @@ from oneblock.model import Decoder
 from oneblock.spec import Spec
 from oneblock.store.config import family_of, read_config, read_json
 from oneblock.store.header import Entry, read_header
-from oneblock.store.rules import WRAPPED, Family, Layout, Slot, Slots, disk_names, ignorable, slots
+from oneblock.store.name_tables import WRAPPED, Family, Layout, Slot, Slots, disk_names, ignorable, slots
 from oneblock.store.tensors import CODES, DTYPES, Maps, Source, copy_in, mappable, mapped
 
 INDEX = "model.safetensors.index.json"

@@ -17,7 +17,7 @@ from oneblock.store.config import CONFIG, family_of, write_config
 from oneblock.store.folder import replacing
 from oneblock.store.header import SIZES, build_header
 from oneblock.store.load import GENERATION, INDEX, SINGLE, Checkpoint, head_name, on_meta, parameter_shapes
-from oneblock.store.rules import Family, Layout, Slot, Slots, disk_names, slots
+from oneblock.store.name_tables import Family, Layout, Slot, Slots, disk_names, slots
 from oneblock.store.tensors import CODES, chunks
 
 SHARD = 5_000_000_000  # bytes

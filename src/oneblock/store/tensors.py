@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.store.header import AGAIN, SIZES, Entry
-from oneblock.store.rules import Part, Slot
+from oneblock.store.name_tables import Part, Slot
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -91,7 +91,7 @@ def copy_in(entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
     with Source(entry) as source:
         if _in_stretches(slot):
             _copy_stretches(source, slot, ours)
-        elif slot.turned:
+        elif slot.transposed:
             _copy_turned(source, slot, ours)
         else:
             _copy_grid(source, slot, ours)
@@ -154,7 +154,7 @@ def chunks(slot: Slot, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Iterat
 
 def _in_stretches(slot: Slot) -> bool:
     """Whether each part is one run of bytes that is our tensor, or our expert, as it is."""
-    return not slot.turned and slot.groups == 1 and (slot.axis == 0 or len(slot.parts) == 1)
+    return not slot.transposed and slot.groups == 1 and (slot.axis == 0 or len(slot.parts) == 1)
 
 
 def _own(slot: Slot, ours: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def _cut(slot: Slot, part: Part, slab: Tensor) -> Tensor:
 def _on_grid(slot: Slot, part: Part, ours: Tensor) -> Tensor:
     """Our tensor seen as its cut of the grid."""
     ours = _own(slot, ours)
-    ours = ours.transpose(-1, -2) if slot.turned else ours
+    ours = ours.transpose(-1, -2) if slot.transposed else ours
     return ours.unflatten(slot.axis, (slot.groups, part.size))
 
 

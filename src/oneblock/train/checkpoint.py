@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from oneblock.errors import OneblockError
+from oneblock.parallel.pipeline import RemoteParameter
 from oneblock.store import load_model, manifest
 from oneblock.store.folder import exchange, flush, flush_folder
 from oneblock.store.manifest import verify
 from oneblock.store.save import model_files, write_config_files, write_file
 from oneblock.text import Tokenizer
 from oneblock.train.loop import State
-from oneblock.train.pipeline import Elsewhere
 
 PROGRESS, LATEST = "training.json", "latest"
 LINGER = 20.0  # seconds: a run that lost a rank is to end within 60
@@ -284,7 +284,7 @@ def restore(folder: Path, state: State) -> Progress:
         prime(state)
     weights = dict(load_model(folder, dtype=torch.float32).model.named_parameters())
     for name, p in state.model.named_parameters():
-        if isinstance(p, Elsewhere):
+        if isinstance(p, RemoteParameter):
             continue
         # Copied rather than taken: pages of a file lie elsewhere in memory, and sums may round differently there
         fill(p, weights[name].detach())

@@ -11,9 +11,9 @@ from oneblock.errors import OneblockError
 from oneblock.train.options import Train
 
 if TYPE_CHECKING:
-    from oneblock.train.gate import Estimate
+    from oneblock.parallel.world import World
+    from oneblock.train.preflight import Estimate
     from oneblock.train.prepare import Job
-    from oneblock.train.world import World
 
 # What a resumed run may be told anew: how long to go on and what to look at, not what is learned from what.
 FREE = ("steps", "seconds", "device", "nonfinite", "gate", "dry_run", *(f for f in Train().watch.__dataclass_fields__))
@@ -24,8 +24,8 @@ SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
 
 def train(options: Train) -> None:
     """Train a model on text, alone or with the ranks that torchrun has started, or go on with a run."""
-    from oneblock.memory import reuse_memory
-    from oneblock.train.world import together
+    from oneblock.kernels.heap import reuse_memory
+    from oneblock.parallel.world import together
 
     loop = (options if options.resume is None else resumed(options)).loop
     if not loop.device.startswith("cuda"):
@@ -36,11 +36,11 @@ def train(options: Train) -> None:
 
 def begin(options: Train, world: World) -> None:
     """A new run: everything that can be wrong is told before it has a folder."""
-    from oneblock.train.assemble import compiles
-    from oneblock.train.gate import estimate
+    from oneblock.train.build import compiles
+    from oneblock.train.preflight import estimate
     from oneblock.train.prepare import prepare
     from oneblock.train.run import new_folder, record
-    from oneblock.train.session import fresh
+    from oneblock.train.trainer import fresh
 
     job = prepare(options)
     options = with_changes(options, {"compile": "on" if compiles(job.spec, options.loop, job.context) else "off"})
@@ -66,10 +66,10 @@ def resume(options: Train, world: World) -> None:
     """Go on from the newest whole checkpoint as if nothing had happened."""
     from oneblock.text import Tokenizer
     from oneblock.train import checkpoint
-    from oneblock.train.gate import estimate
+    from oneblock.train.preflight import estimate
     from oneblock.train.prepare import prepare
     from oneblock.train.run import record
-    from oneblock.train.session import fresh
+    from oneblock.train.trainer import fresh
 
     run = options.resume
     assert run is not None
@@ -100,7 +100,7 @@ def resume(options: Train, world: World) -> None:
 
 def judge(job: Job, options: Train, found: Estimate, world: World) -> None:
     """The last line of a dry run: whether it would begin."""
-    from oneblock.train.gate import verdict
+    from oneblock.train.preflight import verdict
 
     if world.first:
         print(f"gate    {verdict(job, options, found, world) or 'it fits'}")
@@ -108,21 +108,22 @@ def judge(job: Job, options: Train, found: Estimate, world: World) -> None:
 
 def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
     """What cannot be shared among the ranks, or does not fit the machine."""
-    from oneblock.train import gate, parallel
+    from oneblock.parallel import parallelize
+    from oneblock.train import preflight
 
-    parallel.check(job.spec, job.context, options, world.mesh)
-    gate.check(job, options, found, world)
+    parallelize.check(job.spec, job.context, options, world.mesh)
+    preflight.check(job, options, found, world)
 
 
 def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate, world: World) -> None:
     """Run the session and say how it ended."""
     from rich.console import Console
 
-    from oneblock.train.session import Session
-    from oneblock.train.show import Show
+    from oneblock.train.progress import Show
+    from oneblock.train.trainer import Trainer
 
     show = Show(options.loop, None if world.first else Console(quiet=True))
-    session = Session(job, options, run, state, show, found, world)
+    session = Trainer(job, options, run, state, show, found, world)
     finished = session.go()
     if not finished:
         if world.first:
@@ -195,7 +196,7 @@ def with_changes(options: Any, changes: dict[str, Any]) -> Any:
 def summary(job: Job, options: Train, found: Estimate | None = None) -> str:
     """The model, the text, the run and what it takes in a few lines."""
     from oneblock.plan import params
-    from oneblock.train.gate import estimate
+    from oneblock.train.preflight import estimate
 
     loop, spec = options.loop, job.spec
     found = found or estimate(job, options)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from oneblock.model import Decoder
+from oneblock.parallel.pipeline import RemoteParameter
 from oneblock.plan.memory import LOSS_PART
-from oneblock.train.pipeline import Elsewhere
 
 FAST = 2 << 20  # bytes of logits that are worked on at once on a CPU: they stay in its caches
 WORDS = 4096  # rows of the weight's gradient that are added to at once: what is added is never whole either
@@ -33,7 +33,7 @@ class Head:
 
 def cross_entropy(model: Decoder, x: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """What to minimise, and the cross-entropy in it: means over the targets, of x (B, T, dim) and targets (B, T)."""
-    if isinstance(model.head.weight, Elsewhere):  # a later stage of the pipeline has it, and the targets
+    if isinstance(model.head.weight, RemoteParameter):  # a later stage of the pipeline has it, and the targets
         nothing = 0 * x[:, :1, :1].float().sum()
         return nothing, nothing.detach()
     head = Head(model.spec.logit_scale, model.spec.logit_softcap, z_loss)
@@ -41,10 +41,12 @@ def cross_entropy(model: Decoder, x: Tensor, targets: Tensor, z_loss: float = 0.
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
-        return Parts.apply(x.flatten(0, -2), model.head.weight, model.head.bias, targets.flatten(), head)
+        return FusedLinearCrossEntropy.apply(
+            x.flatten(0, -2), model.head.weight, model.head.bias, targets.flatten(), head
+        )
 
 
-class Parts(torch.autograd.Function):
+class FusedLinearCrossEntropy(torch.autograd.Function):
     """(N, dim), (V, dim), (V,) or None, (N,) -> the loss to minimise and the cross-entropy alone, both fp32."""
 
     @staticmethod

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from oneblock.data.rows import Batch
+from oneblock.data.packed import Batch
 from oneblock.model import Decoder
+from oneblock.parallel.world import World
 from oneblock.train import optim
 from oneblock.train.losses import Loss
 from oneblock.train.machine import precision
 from oneblock.train.optim import Optimizers, average, batches_before, batches_in, share
 from oneblock.train.options import Loop, Optimizer, Schedule
-from oneblock.train.world import World
 
 Batches = Callable[[int], Batch]  # the n-th batch of the run, a pure function of n
 
@@ -52,7 +52,7 @@ class Metrics:
 Observe = Callable[[State, Metrics], None]
 
 
-class Learner(nn.Module):
+class ModelWithLoss(nn.Module):
     """A model and what it minimises, as one module that can be wrapped."""
 
     def __init__(self, model: Decoder, loss: Loss, after: Callable[[Tensor], None] | None = None):
@@ -85,8 +85,8 @@ def train(
 
     `loss` may be a wrapped `Learner`, as parallel training makes one.
     """
-    learner = loss if isinstance(loss, nn.Module) else Learner(state.model, loss)
-    engine = Engine(learner, batches, loop, optimizer, schedule, world or World())
+    learner = loss if isinstance(loss, nn.Module) else ModelWithLoss(state.model, loss)
+    engine = TrainStep(learner, batches, loop, optimizer, schedule, world or World())
     began = time.perf_counter() - state.seconds
     while (progress := done(state, loop)) < 1 and not engine.world.agree(state.stop):
         rate = share(progress, state.step, schedule)
@@ -109,7 +109,7 @@ def done(state: State, loop: Loop) -> float:
 
 
 @dataclass(frozen=True)
-class Made:
+class StepResult:
     """What a step made."""
 
     loss: Tensor
@@ -125,7 +125,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Engine:
+class TrainStep:
     """What stays the same from step to step."""
 
     learner: nn.Module
@@ -135,7 +135,7 @@ class Engine:
     schedule: Schedule
     world: World
 
-    def update(self, state: State) -> Made | None:
+    def update(self, state: State) -> StepResult | None:
         """One step of the optimizer; None where the run was asked to stop before its last batch."""
         first = batches_before(state.step, self.loop.accumulate, self.schedule.ramp)
         numbers = range(first, first + batches_in(state.step, self.loop.accumulate, self.schedule.ramp))
@@ -161,7 +161,7 @@ class Engine:
             average(state.ema, state.model, self.optimizer.ema, good)
         told = device.type == "cpu" or self.world.mesh.pp > 1
         tokens = int(count) if told else sum(part.count for part in parts) * self.world.data_ranks
-        return Made(seen.pop("loss"), norm, good, tokens, numbers, seen)
+        return StepResult(seen.pop("loss"), norm, good, tokens, numbers, seen)
 
     def after(self) -> Callable[[Tensor], None] | None:
         """The learner's own, whatever it is wrapped in."""

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from oneblock.data.rows import Batch
+from oneblock.data.packed import Batch
 from oneblock.model import Decoder, Dropout
 from oneblock.train.cross_entropy import cross_entropy
-from oneblock.train.routing import Routing
+from oneblock.train.load_balancing import Routing
 
 # What to minimise, the mean over the batch's `count` targets; or that and what to show beside it, by name
 Loss = Callable[[Decoder, Batch], Tensor | tuple[Tensor, dict[str, Tensor]]]
@@ -19,7 +19,7 @@ Loss = Callable[[Decoder, Batch], Tensor | tuple[Tensor, dict[str, Tensor]]]
 
 def next_token(model: Decoder, batch: Batch, dropout: Dropout | None = None) -> Tensor:
     """Cross-entropy of the token after each, in nats."""
-    x = model.hidden(batch.ids, positions=batch.positions, documents=batch.documents, dropout=dropout)
+    x = model.hidden_states(batch.ids, positions=batch.positions, documents=batch.documents, dropout=dropout)
     return cross_entropy(model, x, batch.targets)[0]
 
 
@@ -31,7 +31,7 @@ def pretraining(
     routing: Routing | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same with what keeps logits small and experts busy; "loss" shows the cross-entropy alone."""
-    x = model.hidden(batch.ids, positions=batch.positions, documents=batch.documents, dropout=dropout)
+    x = model.hidden_states(batch.ids, positions=batch.positions, documents=batch.documents, dropout=dropout)
     loss, entropy = cross_entropy(model, x, batch.targets, z_loss)
     if routing is None:
         return loss, {"loss": entropy}

@@ -16,7 +16,7 @@ class Sizes:
     n_heads: int | None = None
     n_kv_heads: int | None = None  # fewer than heads: grouped-query attention
     head_dim: int | None = None
-    hidden: int | None = None  # width of the feed-forward
+    hidden_dim: int | None = None  # width of the feed-forward
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from oneblock.config import nearest
-from oneblock.data.rows import Rows
+from oneblock.data.packed import PackedDataset
 from oneblock.data.shards import is_shards, open_all, read_shards
 from oneblock.data.text import encode, read_texts
 from oneblock.data.tokens import Tokens, joined
@@ -42,8 +42,8 @@ class Job:
     def tokens(self) -> int:
         return sum(map(len, self.texts))
 
-    def rows(self, loop: Loop) -> Rows:
-        return Rows(self.texts, self.context, loop.batch, loop.seed, self.weights, self.documents)
+    def rows(self, loop: Loop) -> PackedDataset:
+        return PackedDataset(self.texts, self.context, loop.batch, loop.seed, self.weights, self.documents)
 
 
 def prepare(options: Train, tokenizer: Tokenizer | None = None) -> Job:

@@ -11,18 +11,18 @@ import torch
 
 from oneblock.errors import OneblockError
 from oneblock.plan import params
-from oneblock.train.gate import gpu_of, rate
 from oneblock.train.options import Train
+from oneblock.train.preflight import gpu_of, rate
+from oneblock.train.progress import clock, lasting, size
 from oneblock.train.run import CONFIG, CURVES, METRICS, PATHS, PICTURE, Results, results
-from oneblock.train.show import clock, lasting, size
 
 if TYPE_CHECKING:
-    from oneblock.train.session import Session
+    from oneblock.train.trainer import Trainer
 
 REPORT = "report.md"
 
 
-def write(session: Session, sample: str | None) -> None:
+def write(session: Trainer, sample: str | None) -> None:
     """`sample`: what the model writes at the end; None where the run was stopped before."""
     text = "\n".join(page(session, sample)) + "\n"
     new = session.run / f".{REPORT}.new"
@@ -33,7 +33,7 @@ def write(session: Session, sample: str | None) -> None:
         raise OneblockError(f"cannot write {session.run / REPORT}: {e.strerror}") from None
 
 
-def page(session: Session, sample: str | None) -> Iterator[str]:
+def page(session: Trainer, sample: str | None) -> Iterator[str]:
     options, found = session.options, results(session.log.rows)
     yield f"# {session.run.resolve().name}: {options.model}, {params.total(session.job.spec):,} parameters"
     yield ""
@@ -74,7 +74,7 @@ def outcome(found: Results, step: int) -> Iterator[tuple[str, str]]:
     yield "Steps", f"{step:,}"
 
 
-def trained(session: Session) -> Iterator[tuple[str, str]]:
+def trained(session: Trainer) -> Iterator[tuple[str, str]]:
     job, options = session.job, session.options
     spec = job.spec
     yield "Model", f"{options.model}: {spec.n_layers} layers of {spec.dim}, {params.total(spec):,} parameters"
@@ -87,7 +87,7 @@ def trained(session: Session) -> Iterator[tuple[str, str]]:
     yield "torch", f"{torch.__version__}, Python {platform.python_version()}"
 
 
-def took(session: Session, found: Results) -> Iterator[tuple[str, str]]:
+def took(session: Trainer, found: Results) -> Iterator[tuple[str, str]]:
     plan = session.plan
     yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / session.job.tokens:.2f} epochs)"
     yield "Time", f"{clock(found.seconds)}; expected {lasting(plan.run.seconds)} for the whole run"
@@ -112,7 +112,7 @@ def machine(options: Train) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
 
 
-def files(session: Session) -> Iterator[tuple[str, str]]:
+def files(session: Trainer) -> Iterator[tuple[str, str]]:
     run = session.run
     for name, words in (
         ("latest", "the newest checkpoint: a Hugging Face folder, to chat with or go on from"),

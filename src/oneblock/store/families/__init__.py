@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oneblock.store.families import gemma, gpt, llama, mistral, native, others, phi, qwen
-from oneblock.store.rules import Family
+from oneblock.store.name_tables import Family
 
 # In the order in which a Spec looks for a class that can hold it: what most programs read comes first.
 FAMILIES: tuple[Family, ...] = (

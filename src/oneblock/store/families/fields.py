@@ -144,7 +144,7 @@ def some_mlp(spec: Spec) -> Mlp:
 
 def dense_hidden(spec: Spec, default: int = 4) -> int:
     """The size of the MLP in layers without experts; where there is none, any number does."""
-    return next((layer.mlp.hidden for layer in spec.layers if isinstance(layer.mlp, Mlp)), default)
+    return next((layer.mlp.hidden_dim for layer in spec.layers if isinstance(layer.mlp, Mlp)), default)
 
 
 def some_moe(spec: Spec) -> Moe:

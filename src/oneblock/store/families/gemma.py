@@ -11,7 +11,7 @@ from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import ATTENTION, LLAMA_NAMES, MLP, OUTER, QK_NORMS, head_dim
 from oneblock.store.families.rope import read_rope, rope_from, write_rope
-from oneblock.store.rules import Family, named
+from oneblock.store.name_tables import Family, named
 
 GEMMA = fields.SIZES | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28}
 GEMMA |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "rms_norm_eps": 1e-6}
@@ -33,7 +33,7 @@ def read_gemma(raw: Raw) -> Spec:
     common = fields.sizes(f) | {"act": f.act("hidden_act", GEMMA_ACTS)}
     return BUILD["gemma"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common)),
         attention_bias=f.flag("attention_bias"),
     )
@@ -43,7 +43,7 @@ def write_gemma(spec: Spec) -> Raw:
     attn = spec.layers[0].attn
     return {
         **fields.sizes_written(spec),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "rope_parameters": write_rope(attn.rope, attn.head_dim),
         "attention_bias": attn.bias[0],
     }
@@ -56,7 +56,7 @@ def _windowed(f: Fields, every: int) -> dict[str, Any]:
     sliding = [k == "sliding_attention" for k in kinds] if kinds else [(i + 1) % every != 0 for i in range(depth)]
     return {
         **fields.sizes(f, act="hidden_activation"),
-        "hidden": f.whole("intermediate_size"),
+        "hidden_dim": f.whole("intermediate_size"),
         "window": f.whole_or_none("sliding_window"),
         "sliding": tuple(sliding),
         "query_scalar": f.number("query_pre_attn_scalar"),
@@ -70,7 +70,7 @@ def _windowed_written(spec: Spec) -> Raw:
     scalar = attn.head_dim if attn.scale is None else round(attn.scale**-2)
     return {
         **fields.sizes_written(spec, act="hidden_activation"),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "sliding_window": fields.window_of(spec),
         "layer_types": fields.sliding_kinds(spec),
         "query_pre_attn_scalar": scalar,

@@ -8,9 +8,9 @@ from oneblock.spec import FAMILIES as BUILD
 from oneblock.spec import Spec
 from oneblock.store.families.fields import ACT_NAMES, Fields, Raw, some_mlp, window_of
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.rules import Family, named, stored
+from oneblock.store.name_tables import Family, named, stored
 
-QKV = stored("attn.wq", "attn.wk", "attn.wv", turned=True)
+QKV = stored("attn.wq", "attn.wk", "attn.wv", transposed=True)
 
 # ------------------------------------------------------------------ GPT-1 and GPT-2
 
@@ -59,7 +59,7 @@ def read_gpt2(raw: Raw) -> Spec:
     f.only("add_cross_attention", False)
     return BUILD["gpt2"](
         **_gpt(f),
-        hidden=f.whole_or_none("n_inner"),
+        hidden_dim=f.whole_or_none("n_inner"),
         act=f.act("activation_function"),
         scaled=f.flag("scale_attn_weights"),
         scale_by_depth=f.flag("scale_attn_by_inverse_layer_idx"),
@@ -70,7 +70,7 @@ def write_gpt2(spec: Spec) -> Raw:
     mlp, attn = some_mlp(spec), spec.layers[0].attn
     return {
         **_gpt_written(spec),
-        "n_inner": mlp.hidden,
+        "n_inner": mlp.hidden_dim,
         "activation_function": _new(mlp.act),
         "scale_attn_weights": attn.scale in (None, attn.head_dim**-0.5),
         "scale_attn_by_inverse_layer_idx": attn.scale != spec.layers[-1].attn.scale,
@@ -83,9 +83,9 @@ def _new(act: str) -> str:
 
 CONV1D = {
     "attn.c_attn": QKV,
-    "attn.c_proj": stored("attn.wo", turned=True),
-    "mlp.c_fc": stored("mlp.up", turned=True),
-    "mlp.c_proj": stored("mlp.down", turned=True),
+    "attn.c_proj": stored("attn.wo", transposed=True),
+    "mlp.c_fc": stored("mlp.up", transposed=True),
+    "mlp.c_proj": stored("mlp.down", transposed=True),
 }
 GPT1_NAMES = {
     "transformer.tokens_embed": "embed",
@@ -119,7 +119,7 @@ def read_gpt_neo(raw: Raw) -> Spec:
         dim=f.whole("hidden_size"),
         n_layers=n_layers,
         n_heads=f.whole("num_heads", "num_attention_heads"),
-        hidden=f.whole_or_none("intermediate_size"),
+        hidden_dim=f.whole_or_none("intermediate_size"),
         context=f.whole("max_position_embeddings"),
         norm_eps=f.number("layer_norm_epsilon"),
         act=f.act("activation_function"),
@@ -136,7 +136,7 @@ def write_gpt_neo(spec: Spec) -> Raw:
         "hidden_size": spec.dim,
         "num_layers": spec.n_layers,
         "num_heads": spec.layers[0].attn.n_heads,
-        "intermediate_size": some_mlp(spec).hidden,
+        "intermediate_size": some_mlp(spec).hidden_dim,
         "max_position_embeddings": spec.context,
         "layer_norm_epsilon": spec.norm.eps,
         "activation_function": _new(some_mlp(spec).act),
@@ -184,7 +184,7 @@ def read_opt(raw: Raw) -> Spec:
         dim=dim,
         n_layers=f.whole("num_hidden_layers"),
         n_heads=f.whole("num_attention_heads"),
-        hidden=f.whole("ffn_dim"),
+        hidden_dim=f.whole("ffn_dim"),
         context=f.whole("max_position_embeddings"),
         act=f.act("activation_function"),
         bias=f.flag("enable_bias"),
@@ -202,7 +202,7 @@ def write_opt(spec: Spec) -> Raw:
         "word_embed_proj_dim": spec.dim,
         "num_hidden_layers": spec.n_layers,
         "num_attention_heads": layer.attn.n_heads,
-        "ffn_dim": some_mlp(spec).hidden,
+        "ffn_dim": some_mlp(spec).hidden_dim,
         "max_position_embeddings": spec.context,
         "activation_function": ACT_NAMES[some_mlp(spec).act],
         "enable_bias": layer.attn.bias[0],
@@ -251,7 +251,7 @@ def read_gpt_neox(raw: Raw) -> Spec:
         dim=dim,
         n_layers=f.whole("num_hidden_layers"),
         n_heads=n_heads,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         context=f.whole("max_position_embeddings"),
         norm_eps=f.number("layer_norm_eps"),
         act=f.act("hidden_act"),
@@ -270,7 +270,7 @@ def write_gpt_neox(spec: Spec) -> Raw:
         "hidden_size": spec.dim,
         "num_hidden_layers": spec.n_layers,
         "num_attention_heads": layer.attn.n_heads,
-        "intermediate_size": some_mlp(spec).hidden,
+        "intermediate_size": some_mlp(spec).hidden_dim,
         "hidden_act": ACT_NAMES[some_mlp(spec).act],
         "max_position_embeddings": spec.context,
         "layer_norm_eps": spec.norm.eps,

@@ -10,7 +10,7 @@ from oneblock.spec import Layer, Moe, Spec
 from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.rules import Family, Stored, named, stored
+from oneblock.store.name_tables import Family, Stored, named, stored
 
 OUTER = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
 ATTENTION = {
@@ -41,7 +41,7 @@ def read_llama(raw: Raw) -> Spec:
     common = fields.sizes(f)
     return BUILD["llama"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common)),
         attention_bias=f.flag("attention_bias"),
         mlp_bias=f.flag("mlp_bias"),
@@ -52,7 +52,7 @@ def write_llama(spec: Spec) -> Raw:
     attn, mlp = spec.layers[0].attn, fields.some_mlp(spec)
     return {
         **fields.sizes_written(spec),
-        "intermediate_size": mlp.hidden,
+        "intermediate_size": mlp.hidden_dim,
         "rope_parameters": write_rope(attn.rope, attn.head_dim),
         "attention_bias": attn.bias[0],
         "mlp_bias": mlp.bias,
@@ -83,7 +83,7 @@ def read_smollm3(raw: Raw) -> Spec:
     kinds = f.kinds("full_attention", "sliding_attention")
     return BUILD["smollm3"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common), theta=2_000_000.0),
         rope_layers=turning,
         window=window,
@@ -125,8 +125,8 @@ def read_llama4(raw: Raw) -> Spec:
     tuned = bool(f.get("attn_temperature_tuning"))  # 4 in the first uploads
     return BUILD["llama4"](
         **common,
-        hidden=f.whole("intermediate_size"),
-        hidden_dense=f.whole("intermediate_size_mlp"),
+        hidden_dim=f.whole("intermediate_size"),
+        dense_hidden_dim=f.whole("intermediate_size_mlp"),
         n_experts=f.whole("num_local_experts"),
         top_k=f.whole("num_experts_per_tok"),
         rope=read_rope(f, head_dim(common), theta=500_000.0, interleaved=True),
@@ -135,7 +135,7 @@ def read_llama4(raw: Raw) -> Spec:
         chunked=tuple(kind == "chunked_attention" for kind in kinds) if kinds else turning,
         sparse=tuple(i in sparse for i in range(common["n_layers"])),
         qk_norm=f.flag("use_qk_norm"),
-        tempering=(f.number("floor_scale"), f.number("attn_scale")) if tuned else None,
+        temperature_tuning=(f.number("floor_scale"), f.number("attn_scale")) if tuned else None,
         attention_bias=f.flag("attention_bias"),
     )
 
@@ -143,12 +143,16 @@ def read_llama4(raw: Raw) -> Spec:
 def write_llama4(spec: Spec) -> Raw:
     layers = spec.layers
     turning = next((layer.attn for layer in layers if layer.attn.rope), layers[0].attn)
-    tempering = next((layer.attn.tempering for layer in layers if layer.attn.tempering), None)
+    temperature_tuning = next(
+        (layer.attn.temperature_tuning for layer in layers if layer.attn.temperature_tuning), None
+    )
     moe = next((layer.mlp for layer in layers if isinstance(layer.mlp, Moe)), Moe(1, 1, fields.some_mlp(spec)))
-    tuning = {"floor_scale": int(tempering[0]), "attn_scale": tempering[1]} if tempering else {}
+    tuning = (
+        {"floor_scale": int(temperature_tuning[0]), "attn_scale": temperature_tuning[1]} if temperature_tuning else {}
+    )
     return {
         **fields.sizes_written(spec),
-        "intermediate_size": moe.expert.hidden,
+        "intermediate_size": moe.expert.hidden_dim,
         "intermediate_size_mlp": fields.dense_hidden(spec, LLAMA4["intermediate_size_mlp"]),
         "num_local_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
@@ -158,7 +162,7 @@ def write_llama4(spec: Spec) -> Raw:
         "layer_types": ["chunked_attention" if layer.attn.chunk else "full_attention" for layer in layers],
         "moe_layers": [i for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)],
         "use_qk_norm": turning.qk_norm == "l2",
-        "attn_temperature_tuning": tempering is not None,
+        "attn_temperature_tuning": temperature_tuning is not None,
         **tuning,
         "attention_bias": turning.bias[0],
     }
@@ -173,8 +177,8 @@ def _feed_forward() -> dict[str, Any]:
         "shared_expert.gate_proj": "mlp.shared.gate",
         "shared_expert.up_proj": "mlp.shared.up",
         "shared_expert.down_proj": "mlp.shared.down",
-        "experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up", turned=True),
-        "experts.down_proj": stored("mlp.experts.down", turned=True),
+        "experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up", transposed=True),
+        "experts.down_proj": stored("mlp.experts.down", transposed=True),
     }
 
 
@@ -201,7 +205,7 @@ def read_mllama(raw: Raw) -> Spec:
     keywords = common | {"tied": False}  # the class never ties: its input has rows that its output has not
     return BUILD["mllama"](
         **keywords,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common), theta=500_000.0),
         cross=tuple(i in crossing for i in range(common["n_layers"])),
     )

@@ -8,7 +8,7 @@ from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import ATTENTION, LLAMA_NAMES, OUTER, PRE_NORMS, head_dim
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.rules import Family, experts, named, stored
+from oneblock.store.name_tables import Family, experts, named, stored
 
 MISTRAL = fields.SIZES | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
 MISTRAL |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
@@ -20,14 +20,14 @@ def read_mistral(raw: Raw) -> Spec:
     f = Fields(raw, MISTRAL)
     common = fields.sizes(f)
     rope, window = read_rope(f, head_dim(common)), f.whole_or_none("sliding_window")
-    return BUILD["mistral"](**common, hidden=f.whole("intermediate_size"), rope=rope, window=window)
+    return BUILD["mistral"](**common, hidden_dim=f.whole("intermediate_size"), rope=rope, window=window)
 
 
 def write_mistral(spec: Spec) -> Raw:
     attn = spec.layers[0].attn
     return {
         **fields.sizes_written(spec),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "rope_parameters": write_rope(attn.rope, attn.head_dim),
         "sliding_window": attn.window,
     }
@@ -38,7 +38,7 @@ def read_mixtral(raw: Raw) -> Spec:
     common = fields.sizes(f)
     return BUILD["mixtral"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         n_experts=f.whole("num_local_experts", "num_experts"),
         top_k=f.whole("num_experts_per_tok"),
         rope=read_rope(f, head_dim(common), theta=1_000_000.0),

@@ -8,7 +8,7 @@ from typing import Any
 from oneblock import spec as parts
 from oneblock.errors import OneblockError
 from oneblock.spec import Spec
-from oneblock.store.rules import Family, named
+from oneblock.store.name_tables import Family, named
 
 CLASSES: dict[str, Any] = {
     name: getattr(parts, name) for name in parts.__all__ if dataclasses.is_dataclass(getattr(parts, name))

@@ -8,7 +8,7 @@ from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import ATTENTION, MLP, OUTER, PRE_NORMS, QK_NORMS, head_dim
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.rules import Family, named, stored
+from oneblock.store.name_tables import Family, named, stored
 
 # ------------------------------------------------------------------ OLMo 2
 
@@ -20,14 +20,14 @@ def read_olmo2(raw: Raw) -> Spec:
     f = Fields(raw, OLMO2)
     common = fields.sizes(f)
     rope, bias = read_rope(f, head_dim(common)), f.flag("attention_bias")
-    return BUILD["olmo2"](**common, hidden=f.whole("intermediate_size"), rope=rope, attention_bias=bias)
+    return BUILD["olmo2"](**common, hidden_dim=f.whole("intermediate_size"), rope=rope, attention_bias=bias)
 
 
 def write_olmo2(spec: Spec) -> Raw:
     attn = spec.layers[0].attn
     return {
         **fields.sizes_written(spec),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "rope_parameters": write_rope(attn.rope, attn.head_dim),
         "attention_bias": attn.bias[0],
     }
@@ -51,7 +51,7 @@ def read_cohere2(raw: Raw) -> Spec:
     kinds = kinds or ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(common["n_layers"])]
     return BUILD["cohere2"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common), interleaved=True),
         window=f.whole_or_none("sliding_window"),
         sliding=tuple(kind == "sliding_attention" for kind in kinds),
@@ -64,7 +64,7 @@ def write_cohere2(spec: Spec) -> Raw:
     attn = next((layer.attn for layer in spec.layers if layer.attn.rope), spec.layers[0].attn)
     return {
         **fields.sizes_written(spec, eps="layer_norm_eps"),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "rope_parameters": write_rope(attn.rope, attn.head_dim),
         "sliding_window": fields.window_of(spec),
         "layer_types": fields.sliding_kinds(spec),
@@ -96,7 +96,7 @@ def read_gpt_oss(raw: Raw) -> Spec:
     keywords = common | {"act": "quick_gelu"}  # hidden_act has no effect
     return BUILD["gpt_oss"](
         **keywords,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         n_experts=f.whole("num_local_experts", "num_experts"),
         top_k=f.whole("num_experts_per_tok"),
         limit=f.number("swiglu_limit"),
@@ -113,7 +113,7 @@ def write_gpt_oss(spec: Spec) -> Raw:
     return {
         **fields.sizes_written(spec),
         "hidden_act": "silu",
-        "intermediate_size": moe.expert.hidden,
+        "intermediate_size": moe.expert.hidden_dim,
         "num_local_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
         **limit,
@@ -129,9 +129,9 @@ GPT_OSS_LAYER = {
     **PRE_NORMS,
     "self_attn.sinks": "attn.sinks",
     "mlp.router": "mlp.router",
-    "mlp.experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up", turned=True, groups="each"),
+    "mlp.experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up", transposed=True, groups="each"),
     "mlp.experts.gate_up_proj_bias": stored("mlp.experts.gate_bias", "mlp.experts.up_bias", groups="each"),
-    "mlp.experts.down_proj": stored("mlp.experts.down", turned=True),
+    "mlp.experts.down_proj": stored("mlp.experts.down", transposed=True),
     "mlp.experts.down_proj_bias": "mlp.experts.down_bias",
 }
 GPT_OSS_NAMES = {**OUTER, **named("model.layers.{n}.", GPT_OSS_LAYER)}

@@ -9,7 +9,7 @@ from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import OUTER, PRE_NORMS, head_dim
 from oneblock.store.families.mistral import write_mistral
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.rules import Family, named, stored
+from oneblock.store.name_tables import Family, named, stored
 
 PHI = fields.SIZES | {"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
 PHI |= {"num_attention_heads": 32, "hidden_act": "gelu_new", "max_position_embeddings": 2048, "layer_norm_eps": 1e-5}
@@ -24,7 +24,7 @@ def read_phi(raw: Raw) -> Spec:
     common = fields.sizes(f, eps="layer_norm_eps")
     return BUILD["phi"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common), partial=0.5),
         qk_norm=f.flag("qk_layernorm"),
     )
@@ -34,7 +34,7 @@ def write_phi(spec: Spec) -> Raw:
     attn = spec.layers[0].attn
     return {
         **fields.sizes_written(spec, eps="layer_norm_eps"),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "rope_parameters": {"partial_rotary_factor": 1.0, **write_rope(attn.rope, attn.head_dim)},
         "qk_layernorm": attn.qk_norm == "head",
     }
@@ -49,7 +49,7 @@ def read_phi3(raw: Raw) -> Spec:
     common = fields.sizes(f)
     return BUILD["phi3"](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common), partial=1.0, types=("default", "longrope")),
         window=f.whole_or_none("sliding_window"),
     )

@@ -11,7 +11,7 @@ from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import LAYER, LLAMA_NAMES, OUTER, QK_NORMS, head_dim
 from oneblock.store.families.mistral import FUSED_EXPERTS
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.rules import Family, experts, named
+from oneblock.store.name_tables import Family, experts, named
 
 QWEN2 = fields.SIZES | {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "rms_norm_eps": 1e-6}
 QWEN2 |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "layer_types": None}
@@ -44,7 +44,7 @@ def _read_dense(raw: Raw, family: str, defaults: Raw, **more: Any) -> Spec:
     common = fields.sizes(f)
     return BUILD[family](
         **common,
-        hidden=f.whole("intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
         rope=read_rope(f, head_dim(common)),
         window=_window(f),
         sliding=_sliding(f),
@@ -64,7 +64,7 @@ def write_qwen2(spec: Spec) -> Raw:
     attn, window = fields.full_attention(spec), fields.window_of(spec)
     return {
         **fields.sizes_written(spec),
-        "intermediate_size": fields.some_mlp(spec).hidden,
+        "intermediate_size": fields.some_mlp(spec).hidden_dim,
         "rope_parameters": write_rope(attn.rope, attn.head_dim),
         "use_sliding_window": window is not None,
         "sliding_window": window,
@@ -88,8 +88,8 @@ def _read_moe(f: Fields, family: str, **more: Any) -> Spec:
     common = fields.sizes(f)
     return BUILD[family](
         **common,
-        hidden=f.whole("intermediate_size"),
-        hidden_expert=f.whole("moe_intermediate_size"),
+        hidden_dim=f.whole("intermediate_size"),
+        expert_hidden_dim=f.whole("moe_intermediate_size"),
         n_experts=f.whole("num_experts", "num_local_experts"),
         top_k=f.whole("num_experts_per_tok"),
         rope=read_rope(f, head_dim(common)),
@@ -107,7 +107,7 @@ def read_qwen2_moe(raw: Raw) -> Spec:
     # Unlike Qwen2, the even layers below max_window_layers slide.
     sliding = [k == "sliding_attention" for k in kinds] if kinds else [i % 2 == 0 and i < below for i in range(depth)]
     shared, bias = f.whole("shared_expert_intermediate_size"), f.flag("qkv_bias")
-    return _read_moe(f, "qwen2_moe", sliding=tuple(sliding), hidden_shared=shared, qkv_bias=bias)
+    return _read_moe(f, "qwen2_moe", sliding=tuple(sliding), shared_hidden_dim=shared, qkv_bias=bias)
 
 
 def read_qwen3_moe(raw: Raw) -> Spec:
@@ -120,7 +120,7 @@ def _moe_written(spec: Spec, intermediate_size: int) -> Raw:
     return {
         **fields.sizes_written(spec),
         "intermediate_size": fields.dense_hidden(spec, intermediate_size),
-        "moe_intermediate_size": moe.expert.hidden,
+        "moe_intermediate_size": moe.expert.hidden_dim,
         "num_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
         "norm_topk_prob": moe.renormalize,
@@ -135,7 +135,7 @@ def write_qwen2_moe(spec: Spec) -> Raw:
     shared = fields.some_moe(spec).shared
     return {
         **_moe_written(spec, QWEN2_MOE["intermediate_size"]),
-        "shared_expert_intermediate_size": shared.hidden if shared else 0,
+        "shared_expert_intermediate_size": shared.hidden_dim if shared else 0,
         "qkv_bias": spec.layers[0].attn.bias[0],
         "layer_types": fields.sliding_kinds(spec),
     }

@@ -80,9 +80,9 @@ def _yarn(raw: Raw, longest: int, context: int) -> Yarn:
         gain = yarn_gain(factor, _number(raw, "mscale")) / yarn_gain(factor, _number(raw, "mscale_all_dim"))
     else:
         gain = yarn_gain(factor)
-    fast = _number(raw, "beta_fast") if raw.get("beta_fast") else 32.0
-    slow = _number(raw, "beta_slow") if raw.get("beta_slow") else 1.0
-    return Yarn(factor, context, fast, slow, bool(raw.get("truncate", True)), gain)
+    beta_fast = _number(raw, "beta_fast") if raw.get("beta_fast") else 32.0
+    beta_slow = _number(raw, "beta_slow") if raw.get("beta_slow") else 1.0
+    return Yarn(factor, context, beta_fast, beta_slow, bool(raw.get("truncate", True)), gain)
 
 
 def _longrope(raw: Raw, longest: int, context: int, dim: int) -> LongRope:
@@ -122,7 +122,12 @@ def write_rope(rope: Rope | None, head_dim: int) -> Raw:
             raw |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
             raw |= {"original_max_position_embeddings": context}
         case Yarn() as yarn:
-            raw |= {"rope_type": "yarn", "factor": yarn.factor, "beta_fast": yarn.fast, "beta_slow": yarn.slow}
+            raw |= {
+                "rope_type": "yarn",
+                "factor": yarn.factor,
+                "beta_fast": yarn.beta_fast,
+                "beta_slow": yarn.beta_slow,
+            }
             raw |= {"truncate": yarn.truncate, "attention_factor": yarn.gain}
             raw |= {"original_max_position_embeddings": yarn.context}
         case LongRope(short, long, context, gain):

@@ -13,10 +13,10 @@ from oneblock.spec import Spec
 from oneblock.store.config import family_of, write_config
 from oneblock.store.families.fields import sliding_kinds
 from oneblock.store.gguf import rope
+from oneblock.store.gguf.metadata import Metadata, brief
 from oneblock.store.gguf.names import ARCHS, COUNT, EXPERTS, WRITTEN_AS, Arch
-from oneblock.store.gguf.settings import Said, brief
 from oneblock.store.header import AGAIN
-from oneblock.store.rules import Family, Shape
+from oneblock.store.name_tables import Family, Shape
 
 Raw = dict[str, Any]
 ARCH = "general.architecture"
@@ -36,7 +36,7 @@ def architecture(settings: Mapping[str, Any]) -> str:
 def read_config(settings: Mapping[str, Any], shapes: Mapping[str, Shape], factors: Mapping[str, Tensor]) -> Raw:
     """The configuration of the class. `shapes`: of all tensors; `factors`: the rotation's divisors by their names."""
     name = architecture(settings)
-    arch, said = ARCHS[name], Said(settings, name)
+    arch, said = ARCHS[name], Metadata(settings, name)
     if said.get(COUNT):
         _check_experts(said, arch, shapes)
     raw: Raw = {key: _value(said, setting) for setting, key in arch.keys.items() if _has(said, setting)}
@@ -59,7 +59,7 @@ def read_config(settings: Mapping[str, Any], shapes: Mapping[str, Shape], factor
     return _named(kind) | raw
 
 
-def _check_experts(said: Said, arch: Arch, shapes: Mapping[str, Shape]) -> None:
+def _check_experts(said: Metadata, arch: Arch, shapes: Mapping[str, Shape]) -> None:
     """Before a name is made for each: that there are as many, in an architecture that has them here."""
     if COUNT not in arch.keys:
         raise OneblockError(f"is a mixture of experts of architecture {said.arch!r}: get the model's folder")
@@ -68,14 +68,14 @@ def _check_experts(said: Said, arch: Arch, shapes: Mapping[str, Shape]) -> None:
         raise OneblockError(f"{said.arch}.{COUNT} is {count}, and its tensors hold {stack[0]} experts; {AGAIN}")
 
 
-def _has(said: Said, setting: str) -> bool:
+def _has(said: Metadata, setting: str) -> bool:
     """Whether a setting counts: those that must be there do, absent or not."""
     if setting in ("attention.sliding_window", *MIXED) and said.get(setting) == 0:  # Phi-4's way of having none
         return False
     return said.get(setting) is not None or not (setting in FILLED or setting.endswith("softcapping"))
 
 
-def _value(said: Said, setting: str) -> int | float:
+def _value(said: Metadata, setting: str) -> int | float:
     return said.number(setting) if setting.endswith(("epsilon", "softcapping")) else said.whole(setting)
 
 
@@ -83,7 +83,7 @@ def _named(model_type: str) -> Raw:
     return {"model_type": model_type, "architectures": [family_of({"model_type": model_type}).architecture]}
 
 
-def _windowed(said: Said, arch: Arch, width: int, raw: Raw) -> Raw:
+def _windowed(said: Metadata, arch: Arch, width: int, raw: Raw) -> Raw:
     """Gemma's: which layers see a window, and what scores are divided by, which no setting says."""
     depth, given = raw["num_hidden_layers"], said.get("attention.sliding_window_pattern")
     if isinstance(given, np.ndarray) and len(given) == depth:

@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from oneblock.errors import OneblockError
-from oneblock.store.gguf.settings import brief
+from oneblock.store.gguf.metadata import brief
 from oneblock.store.header import AGAIN, Entry
 
 Settings = dict[str, Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.spec import Moe, Spec
-from oneblock.store.rules import Family, Part, Shape, Slot, slots
+from oneblock.store.name_tables import Family, Part, Shape, Slot, slots
 
 SIZES = {
     "block_count": "num_hidden_layers",
@@ -120,4 +120,4 @@ def _place(name: str, slot: Slot, spec: Spec, arch: Arch) -> Place:
     if arch.pairs and ".attn_k." in name:
         heads = attn.n_kv_heads
     offset = spec.norm.offset if name.endswith("norm.weight") else 0.0
-    return Place(slot.shape[::-1] if slot.turned else slot.shape, slot.parts, heads, offset)
+    return Place(slot.shape[::-1] if slot.transposed else slot.shape, slot.parts, heads, offset)

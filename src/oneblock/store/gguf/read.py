@@ -21,7 +21,7 @@ from oneblock.store.gguf.names import FREQS, LONG, SHORT, Place, places
 from oneblock.store.gguf.tokenizer import ends, read_tokenizer
 from oneblock.store.header import AGAIN, Entry
 from oneblock.store.load import Checkpoint, as_dtype, assign, on_meta, parameter_shapes
-from oneblock.store.rules import Shape
+from oneblock.store.name_tables import Shape
 from oneblock.store.tensors import Maps
 from oneblock.text import Tokenizer
 

@@ -15,8 +15,8 @@ from oneblock.model.rope import llama3
 from oneblock.spec import Dynamic, Linear, Llama3, LongRope, Rope, Spec, Yarn
 from oneblock.spec.build import longrope_gain, yarn_gain
 from oneblock.store.families.fields import full_attention
+from oneblock.store.gguf.metadata import Metadata, brief, shortest
 from oneblock.store.gguf.names import FREQS, LONG, SHORT, Arch
-from oneblock.store.gguf.settings import Said, brief, shortest
 
 Raw = dict[str, Any]
 BASE, DIM, WINDOWED_BASE = "rope.freq_base", "rope.dimension_count", "rope.freq_base_swa"
@@ -27,7 +27,7 @@ OURS = "rope.scaling.llama3"
 PUBLISHED = (1.0, 4.0, 8192.0)  # low, high, context
 
 
-def read(said: Said, arch: Arch, raw: Raw, factors: Mapping[str, Tensor]) -> Raw:
+def read(said: Metadata, arch: Arch, raw: Raw, factors: Mapping[str, Tensor]) -> Raw:
     """`rope_parameters`, and what belongs to them."""
     width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     dim = said.whole(DIM) if said.get(DIM) is not None else width
@@ -47,7 +47,7 @@ def read(said: Said, arch: Arch, raw: Raw, factors: Mapping[str, Tensor]) -> Raw
     return {"rope_parameters": found, **more}
 
 
-def _scaling(said: Said) -> Raw:
+def _scaling(said: Metadata) -> Raw:
     kind = said.get(KIND) or ("linear" if said.get(FACTOR) is not None else "none")
     match kind:
         case "none" | "longrope":  # the latter is in its tensors
@@ -61,7 +61,7 @@ def _scaling(said: Said) -> Raw:
     raise OneblockError(f"{said.arch}.{KIND} {brief(kind)} is not known; known are none, linear, yarn, longrope")
 
 
-def _longrope(said: Said, raw: Raw, found: Raw, factors: Mapping[str, Tensor]) -> tuple[Raw, Raw]:
+def _longrope(said: Metadata, raw: Raw, found: Raw, factors: Mapping[str, Tensor]) -> tuple[Raw, Raw]:
     before, longest = said.whole(BEFORE), raw["max_position_embeddings"]
     found |= {"rope_type": "longrope", "short_factor": _decimals(factors[SHORT])}
     found |= {"long_factor": _decimals(factors[LONG])}
@@ -71,7 +71,7 @@ def _longrope(said: Said, raw: Raw, found: Raw, factors: Mapping[str, Tensor]) -
     return found, {"original_max_position_embeddings": before}
 
 
-def _divided(said: Said, theta: float, dim: int, divisors: Tensor) -> Raw:
+def _divided(said: Metadata, theta: float, dim: int, divisors: Tensor) -> Raw:
     """Llama 3's scaling where the divisors are those that it makes; else LongRoPE, which takes any."""
     own = said.get(OURS)
     known = isinstance(own, np.ndarray | list) and len(own) == 4
@@ -123,7 +123,9 @@ def _written(rope: Rope, dim: int) -> tuple[Raw, dict[str, Tensor]]:
             return {KIND: "linear", FACTOR: factor}, {}
         case Yarn() as yarn if yarn.truncate and math.isclose(yarn.gain, yarn_gain(yarn.factor)):
             more = {KIND: "yarn", FACTOR: yarn.factor, BEFORE: yarn.context}
-            return more | ({FAST: yarn.fast, SLOW: yarn.slow} if (yarn.fast, yarn.slow) != (32.0, 1.0) else {}), {}
+            return more | (
+                {FAST: yarn.beta_fast, SLOW: yarn.beta_slow} if (yarn.beta_fast, yarn.beta_slow) != (32.0, 1.0) else {}
+            ), {}
         case Llama3() as scaling:
             numbers = [scaling.factor, scaling.low, scaling.high, float(scaling.context)]
             return {OURS: numbers}, {FREQS: divisors_of(rope.theta, dim, scaling)}

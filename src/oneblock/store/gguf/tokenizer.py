@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from oneblock.errors import OneblockError
-from oneblock.store.gguf.cuts import ALSO, CUTS, Cut
-from oneblock.store.gguf.settings import brief
+from oneblock.store.gguf.metadata import brief
+from oneblock.store.gguf.pretokenizers import ALSO, CUTS, Cut
 from oneblock.text import Tokenizer
 from oneblock.text.files import TOOL_TEMPLATE
 from oneblock.text.sentencepiece import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from oneblock.errors import OneblockError
-from oneblock.store.gguf.cuts import CUTS, DIGIT, GPT2
+from oneblock.store.gguf.pretokenizers import CUTS, DIGIT, GPT2
 from oneblock.store.gguf.tokenizer import ENDS, GGML, ROLES, TEMPLATE
 from oneblock.text import Tokenizer
 from oneblock.text.files import token

@@ -1,1 +1,0 @@
-"""Our own C++ for products of few rows on CPUs; torch's stands in where it cannot be compiled."""

@@ -1,0 +1,1 @@
+"""Data, tensor, context, expert and pipeline parallelism as transformations of a finished model."""

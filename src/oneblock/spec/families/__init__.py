@@ -1,0 +1,1 @@
+"""The families of models: one file each, a builder and the published sizes."""

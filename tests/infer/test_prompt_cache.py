@@ -1,0 +1,87 @@
+"""A prompt's cache on disk: the same reply, without reading the prompt again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from oneblock.cli import main
+from oneblock.errors import OneblockError
+from oneblock.infer.llm import LLM
+from oneblock.model import Decoder, init_weights
+from oneblock.spec import spec
+
+
+def writer(family: str, seed: int = 0) -> LLM:
+    model = Decoder(spec(family, vocab=32, dim=32, n_layers=6, n_heads=2, context=128, **more(family)))
+    init_weights(model, seed)
+    return LLM(model.eval())
+
+
+def more(family: str) -> dict[str, int]:
+    return {"window": 16} if family == "gemma3" else {}
+
+
+def fed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass of the model is given."""
+    passes: list[int] = []
+    inner = llm.model.hidden_states
+
+    def hidden_states(ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+        passes.append(ids.shape[1])
+        return inner(ids, **rest)
+
+    monkeypatch.setattr(llm.model, "hidden_states", hidden_states)
+    return passes
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_was_read_is_not_read_again(
+    family: str, bits: Literal[16, 8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, prompt, how = writer(family), list(range(1, 25)), {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    llm.cache_bits = bits
+    plain = [llm.generate(p, **how).ids for p in (prompt, [*prompt, 3, 4], [*prompt[:12], 30, 31])]
+    llm.prompt_cache = tmp_path / "kept"
+    assert llm.generate(prompt, **how).ids == plain[0]
+    again = writer(family)  # another process would begin like this
+    again.prompt_cache, again.cache_bits = llm.prompt_cache, bits
+    passes = fed(again, monkeypatch)
+    assert again.generate([*prompt, *plain[0][:5]], **how).ids[:7] == plain[0][5:]
+    ring = family == "gemma3"  # it has dropped what lies before its window
+    assert passes[0] == (29 if ring else 1)
+    assert again.generate([*prompt, 3, 4], **how).ids == plain[1]
+    assert again.generate([*prompt[:12], 30, 31], **how).ids == plain[2]
+
+
+def test_a_cache_of_another_model_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    llm, other = writer("llama"), writer("llama", seed=1)
+    llm.prompt_cache = other.prompt_cache = tmp_path / "kept"
+    llm.generate([1, 2, 3], max_tokens=3)
+    with pytest.raises(OneblockError, match="is the cache of another model, or in other bits"):
+        other.generate([1, 2, 3], max_tokens=3)
+    llm.cache_bits = 8
+    with pytest.raises(OneblockError, match="is the cache of another model, or in other bits"):
+        llm.generate([1, 2, 3], max_tokens=3)
+    llm.cache_bits = 16
+    data = llm.prompt_cache.read_bytes()
+    llm.prompt_cache.write_bytes(data[: len(data) // 2])
+    with pytest.raises(OneblockError, match="delete it, and it is made again"):
+        llm.generate([1, 2, 3], max_tokens=3)
+    llm.prompt_cache = tmp_path / "text" / "kept"
+    llm.prompt_cache.parent.write_text("")
+    with pytest.raises(OneblockError, match="could not be written"):
+        llm.generate([1, 2, 3], max_tokens=3)
+
+
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", str(data / "weights" / "stories260k"), "--prompt", "Once upon a time", "--temperature", "0"]
+    argv += ["--max-tokens", "20", "--prompt-cache", str(tmp_path / "kept")]
+    assert main(argv) == 0
+    first = capsys.readouterr().out
+    assert main(argv) == 0
+    assert capsys.readouterr().out == first

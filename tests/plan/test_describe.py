@@ -1,0 +1,132 @@
+"""Architectures in words: no difference goes unsaid."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from oneblock.plan.describe import Change, by_layer, describe, diff
+from oneblock.spec import FAMILIES, MODELS, Dynamic, Linear, Llama3, LongRope, Rope, Spec, Yarn, spec
+
+CHOICES = {
+    "kind": {"rms": "layer", "layer": "rms", "learned": "sinusoidal"},
+    "gain": {"after": "before", "before": "after"},
+    "score": {"softmax": "sigmoid", "sigmoid": "softmax"},
+    "act": {},
+    "residual": {},
+    "qk_norm": {"head": "full", "full": "l2", "l2": "head"},
+}
+
+
+def mutations(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The tree with one value changed, for every value in it."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        for field in fields(tree):
+            for path, value in mutations_of(field.name, getattr(tree, field.name)):
+                yield f"{field.name}{path}", replace(tree, **{field.name: value})
+
+
+def mutations_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    match value:
+        case bool():
+            yield "", not value
+        case int() | float():
+            yield "", value * 2 + 1
+        case str():
+            yield "", CHOICES[name].get(value, "relu2" if name == "act" else "output" if value != "output" else "pre")
+        case tuple():
+            for i, each in enumerate(value):
+                for path, other in mutations_of(name, each):
+                    yield f"[{i}]{path}", (*value[:i], other, *value[i + 1 :])
+        case None:
+            yield from absent(name)
+        case _:
+            yield from ((f".{path}", other) for path, other in mutations(value))
+
+
+def absent(name: str) -> Iterator[tuple[str, Any]]:
+    """Something where nothing was."""
+    values: dict[str, Any] = {
+        "rope": Rope(),
+        "qk_norm": "head",
+        "temperature_tuning": (8.0, 0.1),
+        "scaling": Linear(2.0),
+    }
+    if name not in ("positions", "shared"):
+        yield "", values.get(name, 3)
+
+
+LONG = LongRope((1.0,) * 8, (2.0,) * 8, 64)
+SCALINGS = [Linear(2.0), Dynamic(2.0, 64), Llama3(8.0, 1.0, 4.0, 64), Yarn(4.0, 64), LONG]
+SPECS = [(name, build()) for name, build in FAMILIES.items()]
+SPECS += [(type(s).__name__, FAMILIES["llama"](rope=Rope(scaling=s))) for s in SCALINGS]
+
+
+@pytest.mark.parametrize(("name", "built"), SPECS, ids=[name for name, _ in SPECS])
+def test_no_changed_value_goes_unsaid(name: str, built: Spec):
+    found = list(mutations(built))
+    assert len(found) > 25
+    for path, other in found:
+        if other != built:
+            assert diff(built, other), f"{name}: nothing said of {path}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_does_not_differ_from_itself(name: str):
+    assert diff(spec(name), spec(name)) == []
+
+
+def said(before: str, after: str) -> list[str]:
+    return [str(change) for change in diff(spec(before), spec(after))]
+
+
+def test_from_gpt_1_to_gpt_2():
+    assert said("gpt1", "gpt2") == [
+        "vocabulary: 40,478 tokens -> 50,257 tokens",
+        "context: 512 tokens -> 1,024 tokens",
+        "positions: learned positions (512) -> learned positions (1,024)",
+        "residual: a norm after each sum -> a norm before each branch",
+        "final norm: none -> yes",
+    ]
+
+
+def test_from_gpt_2_to_llama():
+    ladder = said("gpt2-xl", "llama-7b")
+    assert "positions: learned positions (1,024) -> rotary, base 10,000" in ladder
+    assert "norm: LayerNorm with bias, eps 1e-5 -> RMSNorm, eps 1e-6" in ladder
+    assert "MLP: 6,400 wide, GELU (tanh form), with biases -> SwiGLU of 11,008" in ladder
+    assert "attention biases: on q, k, v and the output -> none" in ladder
+    assert "head: the embedding again -> its own matrix" in ladder
+
+
+def test_from_llama_1_to_2_to_3_to_3_1():
+    eps = "norm: RMSNorm, eps 1e-6 -> RMSNorm, eps 1e-5"
+    assert said("llama-7b", "llama-2-7b") == ["context: 2,048 tokens -> 4,096 tokens", eps]
+    own = "32 heads of 128, each with its own keys and values"
+    assert f"heads: {own} -> 32 query heads of 128 sharing 8 KV heads" in said("llama-2-7b", "llama-3-8b")
+    assert said("llama-3-8b", "llama-3.1-8b") == [
+        "context: 8,192 tokens -> 131,072 tokens",
+        "positions: rotary, base 500,000 -> rotary, base 500,000, waves over 2,048 .. 8,192 tokens stretched by 8",
+    ]
+
+
+def test_from_mistral_to_mixtral():
+    assert said("mistral-7b-v0.1", "mixtral-8x7b")[1:] == [
+        "attention: over a window of 4,096 tokens -> over the whole text",
+        "MLP: SwiGLU of 14,336 -> 2 of 8 experts (SwiGLU of 14,336), softmax router, weights made to sum to 1",
+    ]
+
+
+def test_layers_that_differ_are_named():
+    assert describe(spec("gemma-3-1b"))["attention"] == (
+        "over a window of 512 tokens (layers 1-5 of every 6); over the whole text (layer 6 of every 6)"
+    )
+    odd = FAMILIES["qwen2"](n_layers=5, window=8, sliding=(False, False, True, False, True))
+    assert by_layer(odd, lambda x: "near" if x.attn.window else "far") == "far (layers 1-2, 4); near (layers 3, 5)"
+
+
+def test_what_words_leave_out_is_named_by_its_path():
+    a = FAMILIES["llama"](rope=Rope(scaling=LONG))
+    b = FAMILIES["llama"](rope=Rope(scaling=LongRope((1.0,) * 8, (2.0,) * 3 + (5.0,) + (2.0,) * 4, 64)))
+    assert diff(a, b) == [Change("pattern[0].attn.rope.scaling.long[3]", "2.0", "5.0")]

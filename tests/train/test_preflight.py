@@ -1,0 +1,192 @@
+"""What a run will take, and the refusal of one that the machine cannot hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from oneblock.cli import main
+from oneblock.errors import OneblockError
+from oneblock.parallel.mesh import Mesh
+from oneblock.parallel.world import World
+from oneblock.plan import flops, params
+from oneblock.spec import spec
+from oneblock.text.train import byte_level
+from oneblock.train import machine, preflight
+from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
+from oneblock.train.preflight import check, estimate, largest, named, need, peak_of, verdict
+from oneblock.train.prepare import Job, prepare
+
+FLAGS = ["--dim", "32", "--n-layers", "3", "--n-heads", "2", "--context", "32", "--batch", "12", "--steps", "2"]
+FLAGS += ["--accumulate", "2", "--dtype", "float32", "--no-tensorboard", "--eval-every", "0"]
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Train:
+    path = tmp_path / "sums.txt"
+    path.write_text("".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400)))
+    return Train(
+        data=(path,),
+        context=32,
+        sizes=Sizes(dim=32, n_layers=3, n_heads=2),
+        loop=Loop(steps=100, batch=12, accumulate=2, dtype="float32"),
+        out=tmp_path / "run",
+    )
+
+
+@pytest.fixture
+def job(options: Train) -> Job:
+    return prepare(options)
+
+
+def test_the_estimate_is_plans(options: Train, job: Job) -> None:
+    found = estimate(job, options)
+    per_token, total = flops.train(job.spec, 32), 100 * 2 * 12 * 32
+    assert found.run.tokens == total
+    assert found.run.flops == per_token * total
+    assert found.run.seconds == pytest.approx(per_token * total / (0.4 * peak_of(options.loop)))
+    weights = 4 * params.total(job.spec)
+    assert found.checkpoint == 3 * weights  # and AdamW's two moments
+    assert found.disk == 3 * found.checkpoint  # two are kept while the next is written
+    assert found.memory.total > 4 * weights
+    assert found.gpu is None and "n/a" in found.lines(options.loop)
+    ramp = replace(options, schedule=Schedule(ramp=100))
+    assert total / 2 < estimate(job, ramp).run.tokens < total
+    average = replace(options, optimizer=Optimizer(ema=0.9))
+    assert estimate(job, average).disk == 3 * 4 * weights + weights
+    again = replace(options, loop=replace(options.loop, recompute="full"))
+    assert estimate(job, again).run.flops == pytest.approx(4 / 3 * found.run.flops)
+    assert estimate(job, again).memory.total < found.memory.total
+
+
+def test_time_instead_of_steps(options: Train, job: Job) -> None:
+    timed = replace(options, loop=replace(options.loop, seconds=60.0))
+    found = estimate(job, timed)
+    assert found.steps is None and found.run.seconds == 60
+    assert found.run.tokens == pytest.approx(60 * 0.4 * peak_of(options.loop) / flops.train(job.spec, 32), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_gpus_by_their_names(name: str, found: str | None) -> None:
+    gpu = named(name)
+    assert (gpu.name if gpu else None) == found
+
+
+def test_a_known_gpu_has_a_price(options: Train, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "gpu_of", lambda device: named("NVIDIA H100"))
+    found = estimate(job, options, World(mesh=Mesh(dp=4)))
+    assert found.run.dollars == pytest.approx(found.run.seconds / 3600 * 4 * 2.5)
+    assert "4 x H100 at $2.50 an hour" in found.lines(options.loop)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def bytes_of(words: str) -> float:
+    number, unit = words.split()
+    return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_too_little_memory_is_refused_with_what_fits(options: Train, job: Job) -> None:
+    """For many sizes of a machine: what is advised fits, and the next larger batch does not."""
+    whole, least = need(job, options, 12, "none", World()).total, need(job, options, 1, "full", World()).total
+    advised = set()
+    for have in range(least, whole, (whole - least) // 40):
+        said = verdict(job, options, replace(estimate(job, options), have=have))
+        assert said is not None and "of memory" in said
+        for flags, size in re.findall(r"(--[^(]+) fits \(([^)]+)\)", said):
+            mode = "full" if "--recompute full" in flags else "none"
+            batch = re.search(r"--batch (\d+) --accumulate (\d+)", flags)
+            rows, times = (int(batch[1]), int(batch[2])) if batch else (12, 2)
+            assert rows * times == 24
+            assert need(job, options, rows, mode, World()).total <= have
+            larger = [n for n in range(rows + 1, 13) if 24 % n == 0]
+            assert all(need(job, options, n, mode, World()).total > have for n in larger)
+            assert bytes_of(size) == pytest.approx(need(job, options, rows, mode, World()).total, rel=0.06, abs=1000)
+            advised.add(flags.strip())
+    assert "--recompute full" in advised and len(advised) > 5
+    said = verdict(job, options, replace(estimate(job, options), have=least - 1))
+    assert said is not None and "even one row with --recompute full takes" in said
+    assert verdict(job, options, replace(estimate(job, options), have=whole)) is None
+
+
+def test_ranks_share_the_rows(options: Train, job: Job) -> None:
+    four = World(mesh=Mesh(dp=4))
+    alone, shared = estimate(job, options), estimate(job, options, four)
+    alike = need(job, options, 3, "none", World())
+    assert shared.memory == replace(alike, accumulate=True, again=shared.memory.again)  # what gathers them is kept
+    parts = World(mesh=Mesh(fsdp=2, tp=2))
+    assert need(job, options, 12, "none", parts).states < 0.4 * need(job, options, 12, "none", World()).states
+    assert shared.run.seconds == pytest.approx(alone.run.seconds / 4)
+    assert "for each device" in shared.lines(options.loop)
+    assert largest(job, options, shared.memory.total, "none", four) == 12
+    have = shared.memory.total - 1
+    assert largest(job, options, have, "none", four) in (4, 8)
+    said = verdict(job, options, replace(shared, have=have), four)
+    assert said is not None and said.startswith("each device needs")
+
+
+def test_too_little_disk(options: Train, job: Job) -> None:
+    found = estimate(job, options)
+    assert "lower --keep" in str(verdict(job, options, replace(found, free=found.disk - 1)))
+    more = estimate(job, replace(options, watch=Watch(keep=5)))
+    assert more.disk == 2 * found.disk
+
+
+def test_numbers_that_disagree(options: Train, job: Job) -> None:
+    found = estimate(job, options)
+    small = replace(job, tokenizer=byte_level())
+    with pytest.raises(OneblockError, match=f"tokenizer has 256 tokens, but llama a vocabulary of {job.spec.vocab}"):
+        check(small, options, found)
+    table = spec("gpt2", vocab=job.spec.vocab, dim=32, n_layers=1, n_heads=2, context=24)
+    with pytest.raises(OneblockError, match="--context is 32, but llama has a table of 24 positions"):
+        check(replace(job, spec=table), options, found)
+    with pytest.raises(OneblockError, match="--batch 12 does not divide by 5 ranks: give a multiple, such as 15"):
+        check(job, options, found, World(mesh=Mesh(dp=5)))
+    check(job, options, found)
+
+
+def test_the_command_refuses_before_anything_is_written(
+    options: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["train", "--data", str(options.data[0]), "--out", str(tmp_path / "run"), *FLAGS]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "gate    it fits" in capsys.readouterr().out
+    monkeypatch.setattr(preflight, "total_memory", lambda device: 100_000)  # a machine that has next to nothing
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: it needs about ") and "100 kB are free" in err and err.count("\n") == 1
+    assert main([*argv, "--dry-run"]) == 0
+    assert "gate    it needs about" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert main([*argv, "--no-gate"]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0  # as it began
+
+
+def test_the_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(dtype="float32")
+    first = peak_of(loop)
+    monkeypatch.setattr(preflight, "peak_flops", lambda *args: pytest.fail("measured again"))
+    assert peak_of(loop) == first > 1e8
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = machine.total_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.total_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)  # others come and go
