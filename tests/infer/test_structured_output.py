@@ -328,7 +328,10 @@ def test_what_is_missing_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OneblockError, match="choices needs a tokenizer"):
         LLM(llm.model).generate([1], choices=["a"])
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(OneblockError, match=r"pip install 'oneblock\[constrained\]'"):
+    with pytest.raises(
+        OneblockError,
+        match=r"structured output needs the package llguidance.* -m pip install llguidance .*\.\[structured\]",
+    ):
         llm.generate("x", choices=["a"])
 
 

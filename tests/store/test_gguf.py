@@ -594,7 +594,8 @@ def test_messages_stay_short(tmp_path: Path) -> None:
 def test_without_the_library() -> None:
     code = "import sys; sys.modules['gguf'] = None; import oneblock.store.gguf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "OneblockError: GGUF files need a library: pip install 'oneblock[gguf]'" in done.stderr
+    assert "OneblockError: GGUF needs the package gguf" in done.stderr
+    assert "-m pip install gguf" in done.stderr
 
 
 def test_one_of_several_parts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oneblock.data.text import read_text
-from oneblock.errors import OneblockError
+from oneblock.errors import OneblockError, missing_extra
 
 HUB = "hf:"  # before the name of a data set: hf:NAME, hf:NAME:CONFIG, hf:NAME:CONFIG:SPLIT
 
@@ -86,7 +86,7 @@ def from_parquet(path: Path, how: Reading) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise OneblockError(f"{path}: parquet files need pyarrow: pip install 'oneblock[data]'") from None
+        raise missing_extra(f"{path}: reading parquet", "pyarrow", "data") from None
     try:
         file = parquet.ParquetFile(path)
         if how.field not in file.schema_arrow.names:
@@ -103,7 +103,7 @@ def from_hub(source: str, how: Reading) -> Iterator[str]:
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
-        raise OneblockError(f"{source}: data sets by name need datasets: pip install 'oneblock[data]'") from None
+        raise missing_extra(f"{source}: reading a data set from the hub", "datasets", "data") from None
     name, config, split = [*source.removeprefix(HUB).split(":"), "", ""][:3]
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from oneblock.errors import OneblockError
+from oneblock.errors import OneblockError, missing_extra
 from oneblock.infer.stop import CONTEXT_OF_TEXT
 from oneblock.text import Tokenizer
 from oneblock.text.stream import Pieces
@@ -147,7 +147,7 @@ def _llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise OneblockError("a constrained reply needs llguidance: pip install 'oneblock[constrained]'") from None
+        raise missing_extra("structured output", "llguidance", "structured") from None
     return llguidance
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from oneblock.errors import OneblockError
+from oneblock.errors import OneblockError, missing_extra
 from oneblock.kernels.compiler import compiler_found, keep_compiled
 from oneblock.model import Decoder, Dropout
 from oneblock.model.mlp import Moe
@@ -68,7 +68,7 @@ def use_fp8(model: Decoder) -> None:
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError:
-        raise OneblockError("--fp8 needs torchao: pip install 'oneblock[lowbit]'") from None
+        raise missing_extra("--fp8", "torchao", "lowbit") from None
     convert_to_float8_training(model, module_filter_fn=fits_fp8)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from oneblock.errors import OneblockError
+from oneblock.errors import missing_extra
 from oneblock.train.options import Train, Watch
 from oneblock.train.run import settings
 
@@ -47,7 +47,7 @@ def check(watch: Watch) -> None:
     """OneblockError where a package that is to be reported to is not installed."""
     for name in watch.track:
         if find_spec(name) is None:
-            raise OneblockError(f"--track {name} needs a package that is not here: pip install 'oneblock[{name}]'")
+            raise missing_extra(f"--track {name}", name, name)
 
 
 def sinks(run: Path, options: Train, step: int) -> list[MetricLogger]:

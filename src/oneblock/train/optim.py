@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oneblock.errors import OneblockError
+from oneblock.errors import missing_extra
 from oneblock.model import Decoder
 from oneblock.train.options import Optimizer, Schedule
 
@@ -81,7 +81,7 @@ def adamw8bit(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise OneblockError("--optimizer adamw8bit needs torchao: pip install 'oneblock[lowbit]'") from None
+        raise missing_extra("--optimizer adamw8bit", "torchao", "lowbit") from None
     betas = (options.beta1, options.beta2)
     return AdamW8bit(groups, lr=options.lr, betas=betas, eps=options.eps)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from oneblock.errors import OneblockError
+from oneblock.errors import missing_extra
 
 if find_spec("gguf") is None:  # the library, an extra of this package
-    raise OneblockError("GGUF files need a library: pip install 'oneblock[gguf]'")
+    raise missing_extra("GGUF", "gguf", "gguf")
 
 from oneblock.store.gguf.read import load_gguf
 from oneblock.store.gguf.write import save_gguf
