@@ -10,7 +10,7 @@ import pytest
 
 from oneblock import __version__
 from oneblock.cli import COMMANDS, load, main
-from oneblock.config import flags
+from oneblock.flags import list_flags
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def test_every_command_has_help_without_torch(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_one_dataclass(name: str) -> None:
     _, options = load(name)
-    assert flags(options)
+    assert list(list_flags(options))
 
 
 @pytest.mark.parametrize(

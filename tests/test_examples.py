@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oneblock.config import parse
+from oneblock.flags import parse
 from oneblock.train.options import Train
 
 FOLDER = Path(__file__).parent.parent / "examples"

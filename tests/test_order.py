@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "oneblock"
-ORDER = ["errors", "config", "files", "units", "constants", "spec", "plan", "text", "images", "model", "kernels"]
+ORDER = [
+    "errors",
+    "config",
+    "flags",
+    "files",
+    "units",
+    "constants",
+    "spec",
+    "plan",
+    "text",
+    "images",
+    "model",
+    "kernels",
+]
 ORDER += ["quant", "adapters", "parallel", "store", "infer", "data", "train", "tune", "eval", "trace", "serve"]
 ORDER += ["lineage", "demo", "cli", "__init__", "__main__"]
 LIGHT = ["spec", "plan"]  # these stand on the standard library alone

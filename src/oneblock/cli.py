@@ -1,4 +1,4 @@
-"""The command line: one dict of commands, each imported only when it is asked for."""
+"""The command line: one dict of commands, each imported when it is first run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,85 @@ from oneblock.errors import OneblockError
 class Command:
     help: str
     target: str  # module:function; the function takes one dataclass, whose fields are the flags
+    examples: tuple[str, ...]  # shown by `oneblock COMMAND --help`
 
 
 COMMANDS = {
-    "demo": Command("train a small Llama on this machine in about 90 seconds and let it write", "oneblock.demo:demo"),
-    "models": Command("the lineage, with exact parameter counts", "oneblock.lineage.commands:models"),
-    "compare": Command("parameters, KV cache, FLOPs and memory, side by side", "oneblock.lineage.commands:compare"),
-    "diff": Command("what changed from one architecture to another, in words", "oneblock.lineage.commands:diff"),
-    "data": Command("prepare text as token shards, check them, look at them", "oneblock.data.commands:data"),
-    "train": Command("train a model on your own text", "oneblock.train.commands:train"),
-    "runs": Command("list training runs, or plot several together", "oneblock.train.runs_command:runs"),
-    "generate": Command("complete a prompt", "oneblock.infer.commands:generate"),
-    "chat": Command("talk with a model in the terminal", "oneblock.infer.commands:chat"),
-    "export": Command("write a model as one GGUF file, for llama.cpp and its kin", "oneblock.store.commands:export"),
-    "quantize": Command("hold a model's weights in 8 or 4 bits", "oneblock.infer.quantize_command:quantize"),
-    "tokenizer": Command("train a tokenizer, or see how one cuts a text", "oneblock.text.commands:tokenizer"),
+    "demo": Command(
+        "train a small Llama on this machine in about 90 seconds and sample from it",
+        "oneblock.demo:demo",
+        ("oneblock demo", "oneblock demo --seconds 30 --out runs/demo"),
+    ),
+    "models": Command(
+        "list published models with their exact parameter counts and sizes",
+        "oneblock.lineage.commands:models",
+        ("oneblock models", "oneblock models --family llama --json"),
+    ),
+    "compare": Command(
+        "compare parameters, KV cache, FLOPs, memory and training cost of models side by side",
+        "oneblock.lineage.commands:compare",
+        ("oneblock compare gpt2 llama-3-8b", "oneblock compare llama-3-8b qwen3-8b --context 32k --plot costs.png"),
+    ),
+    "diff": Command(
+        "describe how two architectures differ",
+        "oneblock.lineage.commands:diff",
+        ("oneblock diff llama-2-7b llama-3-8b", "oneblock diff gpt2 path/to/config.json --json"),
+    ),
+    "data": Command(
+        "tokenize text into shards for training, verify shards, or print their statistics",
+        "oneblock.data.commands:data",
+        (
+            "oneblock data prepare --data corpus.jsonl --tokenizer path/to/tokenizer --out tokens",
+            "oneblock data verify tokens",
+        ),
+    ),
+    "train": Command(
+        "train a model from random weights, or continue pretraining from a checkpoint",
+        "oneblock.train.commands:train",
+        (
+            "oneblock train --data book.txt --tokenizer bpe --model llama --dim 256 --n-layers 6 --steps 2000",
+            "oneblock train --resume runs/1",
+        ),
+    ),
+    "runs": Command(
+        "list training runs, or compare the loss curves of several",
+        "oneblock.train.runs_command:runs",
+        ("oneblock runs list", "oneblock runs compare runs/1 runs/2"),
+    ),
+    "generate": Command(
+        "complete a prompt, or a file of prompts",
+        "oneblock.infer.commands:generate",
+        (
+            'oneblock generate path/to/model --prompt "Once upon a time" --temperature 0.8',
+            "oneblock generate path/to/model --input prompts.jsonl --output replies.jsonl",
+        ),
+    ),
+    "chat": Command(
+        "chat with a model in the terminal",
+        "oneblock.infer.commands:chat",
+        ("oneblock chat path/to/model", 'oneblock chat path/to/model --system "Answer briefly."'),
+    ),
+    "export": Command(
+        "write a model as one GGUF file, for llama.cpp and other GGUF readers",
+        "oneblock.store.commands:export",
+        ("oneblock export path/to/model model.gguf", "oneblock export path/to/model model-q8.gguf --type q8_0"),
+    ),
+    "quantize": Command(
+        "write a copy of a model with int8, int4 or fp8 weights",
+        "oneblock.infer.quantize_command:quantize",
+        (
+            "oneblock quantize path/to/model model-int8 --bits 8",
+            "oneblock quantize path/to/model model-int4 --bits 4 --calibrate text.txt --report",
+        ),
+    ),
+    "tokenizer": Command(
+        "train a BPE tokenizer, or show how a tokenizer splits a text",
+        "oneblock.text.commands:tokenizer",
+        (
+            "oneblock tokenizer --train book.txt --vocab 4096 --out tokenizer",
+            'oneblock tokenizer --model path/to/tokenizer --text "Hello world"',
+        ),
+    ),
 }
 
 
@@ -41,9 +105,9 @@ def overview() -> str:
     rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
         "usage: oneblock COMMAND [FLAGS]\n\n"
-        "One block for the whole text lineage: count it, load it, generate with it, train it.\n\n"
+        "Decoder-only language models from GPT-1 to Llama 4: inspect, cost, train, quantize, generate, chat.\n\n"
         f"{rows}\n\n"
-        "oneblock COMMAND --help lists the flags of a command; --debug shows tracebacks; --version.\n"
+        "oneblock COMMAND --help lists a command's flags with examples; --debug shows tracebacks; --version.\n"
     )
 
 
@@ -55,7 +119,7 @@ def load(name: str) -> tuple[Any, type]:
 
 
 def end() -> NoReturn:
-    """Run one command and end with its code; a rank that did not leave the others (ranks.joined) ends at once."""
+    """Run one command and exit with its code; a rank whose process group is open exits at once."""
     code = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -88,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(name: str, argv: list[str], debug: bool) -> int:
-    """Run the command; what the user can mend ends in one line, and so does a defect unless `debug`."""
+    """Run the command and return its exit code; every error is one line unless `debug` asks for the traceback."""
     try:
         execute(name, argv)
         sys.stdout.flush()
@@ -97,7 +161,7 @@ def guarded(name: str, argv: list[str], debug: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `oneblock models | head`: the reader has seen enough
+    except BrokenPipeError:  # `oneblock models | head` closes the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
@@ -112,7 +176,7 @@ def guarded(name: str, argv: list[str], debug: bool) -> int:
 
 
 def execute(name: str, argv: list[str]) -> None:
-    from oneblock.config import parse
+    from oneblock.flags import parse
 
     run, options = load(name)
-    run(parse(options, argv, f"oneblock {name}"))
+    run(parse(options, argv, f"oneblock {name}", COMMANDS[name].examples))

@@ -1,31 +1,24 @@
-"""Dataclasses as flags and as TOML: one class is the flags of a command, its file and the record of its run.
+"""Options as dataclasses: checked ranges, aliases, and TOML files. `oneblock.flags` makes them a command's flags.
 
-A field of a nested dataclass is a flag without prefix (`--lr`), and in TOML a key of its own table.
+A field of a nested dataclass is a flag without a prefix (`--lr`), and in TOML a key of its own table (`[optimizer]`).
 A class with a field `config: Path | None` can be read from a file: `--config run.toml`, which other flags override.
 """
 
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import math
-import re
-import sys
 import tomllib
 import types
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from oneblock.errors import OneblockError
 
 T = TypeVar("T")
-FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -83,6 +76,41 @@ def check_range(name: str, value: Any, limits: Range) -> None:
             raise OneblockError(f"{name} is {number!r}, but it must be {limits}")
 
 
+# Common spellings of the ecosystem -> our flag; each is accepted by the commands that have the flag.
+FLAG_ALIASES = {
+    "learning-rate": "lr",
+    "grad-clip": "max-grad-norm",
+    "gradient-clip": "max-grad-norm",
+    "grad-accum": "gradient-accumulation-steps",
+    "gradient-checkpointing": "activation-checkpointing",
+    "max-iters": "steps",
+    "max-steps": "steps",
+    "warmup-steps": "warmup",
+    "hidden-size": "dim",
+    "n-embd": "dim",
+    "intermediate-size": "hidden-dim",
+    "num-hidden-layers": "n-layers",
+    "n-layer": "n-layers",
+    "num-attention-heads": "n-heads",
+    "n-head": "n-heads",
+    "num-key-value-heads": "n-kv-heads",
+    "block-size": "context",
+    "max-model-len": "context",
+    "max-seq-len": "context",
+    "n-ctx": "context",
+    "vocab-size": "vocab",
+    "max-new-tokens": "max-tokens",
+    "n-predict": "max-tokens",
+    "temp": "temperature",
+    "repeat-penalty": "repetition-penalty",
+    "speculative-model": "draft-model",
+    "torch-dtype": "dtype",
+    "system-prompt": "system",
+    "output-dir": "out",
+    "resume-from-checkpoint": "resume",
+}
+VALUE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
 SEED = Range(0, 2**63 - 1)  # what torch.Generator.manual_seed takes without wrapping
 
 
@@ -99,78 +127,6 @@ def hints(cls: type) -> dict[str, Any]:
 def plain(hint: Any) -> Any:
     """The type without its `Annotated` wrapping."""
     return get_args(hint)[0] if is_annotated(hint) else hint
-
-
-# ------------------------------------------------------------------ flags
-
-
-def flags(cls: type) -> list[str]:
-    """Every flag of the class, nested classes included: `--lr`, and `--compile --no-compile` for a bool."""
-    found: list[str] = []
-    for name, hint in hints(cls).items():
-        if is_dataclass(plain(hint)):
-            found += flags(plain(hint))
-            continue
-        notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-        names = [next((n.name for n in notes if getattr(n, "name", None)), name)]
-        names += [alias for n in notes for alias in getattr(n, "aliases", None) or () if alias.startswith("--")]
-        for flag in (n.lstrip("-").replace("_", "-") for n in names):
-            found += [f"--{flag}", f"--no-{flag}"] if plain(hint) is bool else [f"--{flag}"]
-    return found
-
-
-def refuse(prog: str, message: str) -> SystemExit:
-    print(f"error: {message} ({prog} --help lists the flags)", file=sys.stderr)
-    return SystemExit(2)
-
-
-def check_flags(cls: type, argv: Sequence[str], prog: str) -> None:
-    known = [*flags(cls), "--help"]
-    for token in argv:
-        if not FLAG.fullmatch(token):
-            continue
-        flag = token.partition("=")[0].replace("_", "-")
-        if flag not in known:
-            raise refuse(prog, f"unknown flag {flag}{nearest(flag, known)}")
-
-
-def config_path(cls: type, argv: Sequence[str]) -> Path | None:
-    if "config" not in hints(cls):
-        return None
-    for token, after in zip_longest(argv, argv[1:], fillvalue=""):
-        if token == "--config":
-            return Path(after)
-        if token.startswith("--config="):
-            return Path(token.partition("=")[2])
-    return None
-
-
-def parse(cls: type[T], argv: Sequence[str], prog: str) -> T:
-    """The options in `argv`. Wrong usage ends the program with one line and exit code 2."""
-    import tyro
-
-    check_flags(cls, argv, prog)
-    path = config_path(cls, argv)
-    call = partial(tyro.cli, cls, prog=prog, args=list(argv), config=(tyro.conf.OmitArgPrefixes,))
-    errors = io.StringIO()
-    try:
-        with redirect_stderr(errors):
-            options = call() if path is None else call(default=load_toml(cls, path))
-        check_ranges(options)
-        return options
-    except OneblockError as error:
-        raise refuse(prog, str(error)) from None
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise refuse(prog, one_line(errors.getvalue())) from None
-
-
-def one_line(box: str) -> str:
-    """What a boxed error of the parser says, without the box, up to its first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("───") or line.startswith("╰")), len(lines))
-    return " ".join(" ".join(lines[:rule]).split())
 
 
 # ------------------------------------------------------------------ TOML
@@ -219,10 +175,12 @@ def load_toml(cls: type[T], path: str | Path) -> T:
 
 def build(cls: type[T], data: dict[str, Any], where: str) -> T:
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    types_ = hints(cls)
     for key in data:
         if key not in known:
-            raise OneblockError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-    types_ = hints(cls)
+            tables = [name for name, hint in types_.items() if is_dataclass(plain(hint)) and key in hints(plain(hint))]
+            hint = f": it belongs in the table [{tables[0]}]" if tables else nearest(key, known)
+            raise OneblockError(f"{where}: unknown key {key!r}{hint}")
     for key, field in known.items():
         if key not in data and required(field):
             raise OneblockError(f"{where}: the key {key!r} is missing")
