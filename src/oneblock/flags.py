@@ -73,7 +73,7 @@ def list_flags(cls: type, group: str = "") -> Iterator[Flag]:
     """Every flag and positional of the class, nested classes included, in the order of declaration."""
     texts = field_comments(cls)
     nested: list[tuple[type, str]] = []
-    for field in fields(cls):  # pyright: ignore[reportArgumentType]
+    for field in fields(cls):
         hint = hints(cls)[field.name]
         if is_dataclass(plain(hint)):
             nested.append((plain(hint), field.name.replace("_", " ")))

@@ -54,13 +54,13 @@ def test_work_is_about_six_flops_per_parameter_and_token():
 def test_experts_cost_what_is_active():
     mixtral = spec("mixtral-8x7b")
     n = params.total(mixtral, active=True) - 32000 * 4096
-    assert flops.products(mixtral) == pytest.approx(2 * n, rel=0.001)
+    assert flops.matmuls(mixtral) == pytest.approx(2 * n, rel=0.001)
 
 
 def test_llama_4_by_hand():
     dim, q, kv = 5120, 40 * 128, 8 * 128
     layer = 2 * dim * q + 2 * dim * kv + dim * 16 + 2 * 3 * dim * 8192  # one routed expert and the shared one
-    assert flops.products(spec("llama-4-scout")) == 2 * (48 * layer + 202048 * dim)
+    assert flops.matmuls(spec("llama-4-scout")) == 2 * (48 * layer + 202048 * dim)
 
 
 def test_images_wake_the_cross_attention_layers():

@@ -28,19 +28,19 @@ def test_weights_by_dtype(dtype: str, size: float):
 
 @given(specs, st.sampled_from(["float32", "bfloat16"]))
 def test_training_states_are_16_bytes_a_parameter(built: Spec, dtype: str):
-    assert memory.training(built, 64, setup=TrainingConfig(dtype)).states == 16 * params.total(built)
+    assert memory.training(built, 64, config=TrainingConfig(dtype)).states == 16 * params.total(built)
 
 
 def test_smaller_states_and_larger_ones():
     gpt2 = spec("gpt2")
     count, matrices = params.total(gpt2), 12 * 12 * 768 * 768
     bytes_of = {
-        kind: memory.training(gpt2, 64, setup=TrainingConfig(optimizer=kind)).optimizer for kind in ("adamw", "muon")
+        kind: memory.training(gpt2, 64, config=TrainingConfig(optimizer=kind)).optimizer for kind in ("adamw", "muon")
     }
     assert bytes_of["adamw"] == 8 * count
     assert bytes_of["muon"] == pytest.approx(8 * count - 4 * matrices, rel=0.001)
-    assert memory.training(gpt2, 64, setup=TrainingConfig(optimizer="adamw8bit")).optimizer < 2.1 * count
-    assert memory.training(gpt2, 64, setup=TrainingConfig(ema=True)).optimizer == 12 * count
+    assert memory.training(gpt2, 64, config=TrainingConfig(optimizer="adamw8bit")).optimizer < 2.1 * count
+    assert memory.training(gpt2, 64, config=TrainingConfig(ema=True)).optimizer == 12 * count
 
 
 def test_workspace_does_not_grow_past_one_prefill():
@@ -66,13 +66,13 @@ def test_a_step_needs_the_loss_or_the_gradients():
     gpt2 = spec("gpt2")
     long, short = memory.training(gpt2, 1024, 8), memory.training(gpt2, 8)
     states = long.weights + long.optimizer
-    assert long.total == states + long.copies + long.activations + long.head + long.loss
-    assert short.total == short.states + short.again
+    assert long.total == states + long.low_precision_weights + long.activations + long.head + long.loss
+    assert short.total == short.states + short.embedding_grad
     several = memory.training(gpt2, 1024, 8, TrainingConfig(accumulate=True))
     assert several.total == long.total + long.gradients
     cpu = memory.training(gpt2, 1024, 8, TrainingConfig(cpu=True))
-    held = states + cpu.copies + cpu.activations + cpu.head + cpu.loss
-    assert cpu.total == held + round(memory.HOLES * cpu.gradients) + memory.KERNELS
+    held = states + cpu.low_precision_weights + cpu.activations + cpu.head + cpu.loss
+    assert cpu.total == held + round(memory.HEAP_FRAGMENTATION * cpu.gradients) + memory.KERNEL_SCRATCH
 
 
 def test_ranks_that_share_a_model_hold_less():
@@ -80,7 +80,9 @@ def test_ranks_that_share_a_model_hold_less():
     llama = spec("llama-3.1-8b")
 
     def shared(**over: int) -> memory.Training:
-        return memory.training(llama, 8192, 1, TrainingConfig(recompute="full", over=memory.Parallelism(**over)))
+        return memory.training(
+            llama, 8192, 1, TrainingConfig(activation_checkpointing="full", parallelism=memory.Parallelism(**over))
+        )
 
     alone, most = shared(), 80e9
     assert alone.total > most > shared(fsdp=8).total > alone.total / 8
@@ -93,7 +95,7 @@ def test_ranks_that_share_a_model_hold_less():
     assert shared(tp=4).activations < 0.5 * alone.activations
     mixtral = spec("mixtral-8x7b")
     experts = mixtral.n_layers * 8 * params.mlp(mixtral.layers[0].mlp.expert, mixtral.dim)
-    part = params.total(memory.Parallelism(ep=8).part(mixtral))
+    part = params.total(memory.Parallelism(ep=8).shard_of(mixtral))
     assert part == params.total(mixtral) - experts * 7 // 8 - mixtral.n_layers * 7 * mixtral.dim  # and routers
 
 
@@ -106,7 +108,7 @@ def test_the_loss_does_not_grow_with_the_text():
 @given(specs, st.integers(1, 300), st.integers(1, 8))
 def test_activations_are_linear_in_tokens_and_recomputing_saves(built: Spec, context: int, batch: int):
     full = memory.training(built, context, batch)
-    kept = memory.training(built, context, batch, TrainingConfig(recompute="full"))
+    kept = memory.training(built, context, batch, TrainingConfig(activation_checkpointing="full"))
     assert full.activations == batch * context * memory.training(built, 1, 1).activations
     assert kept.activations < full.activations
     assert kept.states == full.states and kept.loss == full.loss

@@ -46,7 +46,7 @@ def test_more_gpus_take_less_time_for_the_same_money():
         ({"gpu": "h900"}, "unknown GPU 'h900': choose from t4"),
         ({"utilisation": 0.0}, "must lie in"),
         ({"utilisation": 40.0}, "must lie in"),
-        ({"gpus": 0}, "at least one GPU"),
+        ({"gpus": 0}, "at least 1 GPU"),
     ],
 )
 def test_nonsense_is_refused(kwargs: dict[str, Any], says: str):

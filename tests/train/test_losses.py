@@ -13,7 +13,7 @@ from oneblock.data.packed import IGNORE, Batch
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.parallel.world import World
-from oneblock.plan.activations import Recompute
+from oneblock.plan.activations import ActivationCheckpointing
 from oneblock.spec import spec
 from oneblock.train import cross_entropy as parts
 from oneblock.train.build import learner_for
@@ -181,7 +181,7 @@ def test_the_routers_losses_by_hand() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_balance_is_learned(recompute: Recompute) -> None:
+def test_balance_is_learned(recompute: ActivationCheckpointing) -> None:
     """From a router that prefers one expert, steps with the loss bring the others in."""
     model = leaning(3.0)
     loop = Loop(dtype="float32", recompute=recompute)
@@ -225,9 +225,9 @@ def test_biases_that_are_not_there_cannot_steer() -> None:
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
-def test_recomputed_gradients_are_the_same(family: str, mode: Recompute) -> None:
+def test_recomputed_gradients_are_the_same(family: str, mode: ActivationCheckpointing) -> None:
     grads, kept = [], []
-    modes: tuple[Recompute, ...] = ("none", mode)
+    modes: tuple[ActivationCheckpointing, ...] = ("none", mode)
     for recompute in modes:
         model = decoder(family)
         learner = learner_for(model, Loop(recompute=recompute), Objective(), Dropout(residual=0.2), World())

@@ -130,7 +130,9 @@ def test_ranks_share_the_rows(options: Train, job: Job) -> None:
     four = World(mesh=Mesh(dp=4))
     alone, shared = estimate(job, options), estimate(job, options, four)
     alike = need(job, options, 3, "none", World())
-    assert shared.memory == replace(alike, accumulate=True, again=shared.memory.again)  # what gathers them is kept
+    assert shared.memory == replace(
+        alike, accumulate=True, embedding_grad=shared.memory.embedding_grad
+    )  # what gathers them is kept
     parts = World(mesh=Mesh(fsdp=2, tp=2))
     assert need(job, options, 12, "none", parts).states < 0.4 * need(job, options, 12, "none", World()).states
     assert shared.run.seconds == pytest.approx(alone.run.seconds / 4)

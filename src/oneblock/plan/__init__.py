@@ -1,4 +1,4 @@
-"""What a model costs, from its Spec alone: parameters, KV cache, FLOPs, bytes, memory, time and money.
+"""The cost of a model, from its Spec alone: parameters, KV cache, FLOPs, bytes moved, memory, time and money.
 
 `oneblock.plan(spec, context=8192)` is `plan` below: the module can be called.
 """
@@ -27,11 +27,11 @@ class Plan:
     batch: int
     dtype: str
     parts: dict[str, int]  # parameters, by part
-    parts_active: dict[str, int]  # of those, what one token meets
+    parts_active: dict[str, int]  # of those, the ones that one token uses
     params_total: int
     params_active: int
-    kv_bytes_per_token: int  # while every layer sees the whole text
-    kv_bytes: int  # one text of `context` tokens
+    kv_bytes_per_token: int  # while every layer attends to the whole sequence
+    kv_bytes: int  # one sequence of `context` tokens
     flops_prefill: float
     flops_decode: float
     flops_train: float
@@ -44,15 +44,15 @@ class Plan:
 
     @property
     def serving_dtype(self) -> str:
-        """Of what is computed and cached: quantised weights are computed with in bfloat16."""
+        """Dtype of activations and KV cache: quantized weights compute in bfloat16."""
         return "float32" if memory.compute_bytes(self.dtype) == 4 else "16-bit"
 
 
 def plan(spec: Spec, context: int | None = None, batch: int = 1, dtype: str = "bfloat16", image: int = 0) -> Plan:
-    """Costs of `batch` texts of `context` tokens (None: the model's own), with `image` image tokens each."""
+    """Costs of `batch` sequences of `context` tokens (None: the model's context length), `image` image tokens each."""
     context = spec.context if context is None else context
     if context < 1 or batch < 1 or image < 0:
-        raise OneblockError("context and batch must be at least 1, and image at least 0")
+        raise OneblockError(f"context {context}, batch {batch} and image {image} must be at least 1, 1 and 0")
     size, active = memory.compute_bytes(dtype), params.total(spec, active=True)
     return Plan(
         context=context,
@@ -70,14 +70,16 @@ def plan(spec: Spec, context: int | None = None, batch: int = 1, dtype: str = "b
         bytes_decode=bytes_decoded(spec, context, batch, dtype, image),
         serving=memory.serving(spec, context, batch, dtype, image),
         training=memory.training(spec, context, batch, TrainingConfig(dtype)),
-        training_checkpointed=memory.training(spec, context, batch, TrainingConfig(dtype, recompute="full")),
+        training_checkpointed=memory.training(
+            spec, context, batch, TrainingConfig(dtype, activation_checkpointing="full")
+        ),
         optimal_tokens=optimal_tokens(active),
         optimal_tokens_law=optimal_tokens(active, BESIROGLU),
     )
 
 
 def bytes_decoded(spec: Spec, context: int, batch: int = 1, dtype: str = "bfloat16", image: int = 0) -> float:
-    """Moved per decoded token: a step reads the weights once for all its texts, and each text's own cache."""
+    """Bytes moved per decoded token: a step reads the weights once per batch and each sequence's own cache."""
     size = memory.compute_bytes(dtype)
     weights = flops.weights_read(spec, batch, image) * memory.weight_bytes(dtype)
     return weights / batch + cache.kv_bytes(spec, context, size, image) + cache.kv_bytes_per_token(spec, size)
@@ -93,7 +95,7 @@ def train_run(
     price: float | None = None,
     checkpointing: bool = False,
 ) -> Run:
-    """Time and money of a training run. Utilisation is of all work done, checkpointing's second forward included."""
+    """Time and cost of a training run. Utilisation counts all FLOPs, recomputed ones too (HFU, arXiv:2205.05198)."""
     per_token = flops.train(spec, context or spec.context, checkpointing)
     tokens = optimal_tokens(params.total(spec, active=True)) if tokens is None else tokens
     return training.run(per_token, tokens, training.gpu(gpu), gpus, utilisation, price)

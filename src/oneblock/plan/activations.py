@@ -1,7 +1,7 @@
-"""Bytes that a training step keeps for its backward pass, read off the Spec tensor by tensor.
+"""Activation memory: bytes that a training step saves for its backward pass, counted tensor by tensor from the Spec.
 
-For weights in fp32, products in `size` bytes (2 under autocast), element-wise operations that are not fused, and
-attention that does not write its scores out (FlashAttention, arXiv:2205.14135), but for short texts on CPUs.
+Assumes fp32 weights, matmuls in `itemsize` bytes (2 under autocast), unfused element-wise operations, and attention
+that does not materialise its scores (FlashAttention, arXiv:2205.14135), except for short sequences on CPUs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Literal
 
 from oneblock.spec import Attention, Layer, Mlp, Moe, Norm, Spec
 
-WIDE = 4  # bytes of a number of the residual stream: sums stay in fp32
+STREAM_BYTES = 4  # bytes of a residual-stream element, which stays in fp32
 
-# Of each shape of block: norms that read the stream, norms that read a sublayer's answer.
-NORMS = {
+# Per kind of residual: norms over the stream, norms over a sublayer's output.
+NORM_COUNTS = {
     "pre": (2, 0),
     "post": (2, 0),
     "sandwich": (2, 2),
@@ -26,73 +26,79 @@ NORMS = {
 SHORT = {2: 512, 4: 256}  # tokens up to which CPUs write scores out, and in blocks of so many queries
 BLOCK = 128
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
 class ActivationConfig:
-    """How it is computed: what decides about bytes beside the Spec."""
+    """Everything that decides activation memory besides the Spec."""
 
-    size: int = 2  # bytes of a number in products
-    context: int = 2048
-    cpu: bool = False  # RMSNorm is one kernel on GPUs; on CPUs it is several, which keep one vector more
-    tp: int = 1  # ranks that have a piece of every row each, but in products
+    itemsize: int = 2  # bytes of a matmul operand
+    context: int = 2048  # tokens of a sequence
+    cpu: bool = False  # RMSNorm is one kernel on GPUs; on CPUs it is several, which save one more vector
+    tp: int = 1  # sequence-parallel ranks, each with a part of every sequence outside the matmuls
 
 
-def activations(spec: Spec, kept: ActivationConfig, recompute: Recompute = "none") -> int:
-    """Bytes per token, the loss left out.
+def activations(spec: Spec, config: ActivationConfig, checkpointing: ActivationCheckpointing = "none") -> int:
+    """Bytes per token, without the loss.
 
-    Recomputing in full keeps each layer's input, selectively that and its products; all of one layer comes back.
+    Full checkpointing saves each layer's input, selective checkpointing its matmul outputs as well; the backward pass
+    recomputes one layer at a time.
     """
-    layers = [layer(x, spec, kept) for x in spec.layers]
-    ends = (spec.final_norm * norm(spec.norm, spec.dim, kept) + spec.dim * kept.size) // kept.tp
-    if recompute == "none":
+    layers = [layer(x, spec, config) for x in spec.layers]
+    ends = (spec.final_norm * norm(spec.norm, spec.dim, config) + spec.dim * config.itemsize) // config.tp
+    if checkpointing == "none":
         return ends + sum(layers)
-    inputs = len(layers) * spec.dim * WIDE // kept.tp
-    products = sum(layer_products(x, spec.dim) for x in spec.layers) * kept.size if recompute == "selective" else 0
-    return ends + inputs + products + max(layers)
+    inputs = len(layers) * spec.dim * STREAM_BYTES // config.tp
+    outputs = sum(matmul_outputs(x, spec.dim) for x in spec.layers) if checkpointing == "selective" else 0
+    return ends + inputs + outputs * config.itemsize + max(layers)
 
 
-def layer(x: Layer, spec: Spec, kept: ActivationConfig) -> int:
-    """Bytes per token that one layer keeps."""
-    on_stream, on_answers = NORMS[x.residual]
-    inputs = 1 if x.residual == "parallel" else 2  # what the first products of the sublayers read
-    norms = (on_stream + on_answers) * norm(spec.norm, spec.dim, kept) // kept.tp
-    gates = 2 * x.gated * spec.dim * kept.size
-    return norms + gates + inputs * spec.dim * kept.size + attention(x.attn, spec.norm, kept) + mlp(x.mlp, spec, kept)
+def layer(x: Layer, spec: Spec, config: ActivationConfig) -> int:
+    """Bytes per token that one layer saves."""
+    inputs = 1 if x.residual == "parallel" else 2  # inputs of the sublayers' first matmuls
+    norms = sum(NORM_COUNTS[x.residual]) * norm(spec.norm, spec.dim, config) // config.tp
+    gates = 2 * x.gated * spec.dim * config.itemsize
+    return (
+        norms
+        + gates
+        + inputs * spec.dim * config.itemsize
+        + attention(x.attn, spec.norm, config)
+        + mlp(x.mlp, spec, config)
+    )
 
 
-def norm(n: Norm, dim: int, kept: ActivationConfig) -> int:
-    return (2 if n.kind == "rms" and kept.cpu else 1) * dim * WIDE
+def norm(n: Norm, dim: int, config: ActivationConfig) -> int:
+    return (2 if n.kind == "rms" and config.cpu else 1) * dim * STREAM_BYTES
 
 
-def attention(a: Attention, n: Norm, kept: ActivationConfig) -> int:
-    """q, k, v as attention reads them, its answer, scores or their sums, and what q and k were before their norm."""
+def attention(a: Attention, n: Norm, config: ActivationConfig) -> int:
+    """q, k, v, the output, the scores or their log-sum-exp, and q and k before their norm."""
     q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
-    vectors = (2 * q + (0 if a.cross else 2 * kv)) * kept.size
-    before = norm(n, q + (0 if a.cross else kv), kept) if a.qk_norm else 0
-    return vectors + before + scores(a, kept)
+    vectors = (2 * q + (0 if a.cross else 2 * kv)) * config.itemsize
+    before = norm(n, q + (0 if a.cross else kv), config) if a.qk_norm else 0
+    return vectors + before + scores(a, config)
 
 
-def scores(a: Attention, kept: ActivationConfig) -> int:
-    """Softmax statistics in fp32; or, of short texts on CPUs, the lower triangle of the weights in blocks."""
-    if not kept.cpu or kept.context > SHORT[kept.size] or a.window or a.chunk or a.softcap or a.sinks:
+def scores(a: Attention, config: ActivationConfig) -> int:
+    """The log-sum-exp in fp32; for short sequences on CPUs the lower triangle of the attention weights, in blocks."""
+    if not config.cpu or config.context > SHORT[config.itemsize] or a.window or a.chunk or a.softcap or a.sinks:
         return 4 * a.n_heads
-    blocks = -(-kept.context // BLOCK)
-    return round(a.n_heads * kept.context * (blocks + 1) / (2 * blocks)) * kept.size
+    blocks = -(-config.context // BLOCK)
+    return round(a.n_heads * config.context * (blocks + 1) / (2 * blocks)) * config.itemsize
 
 
-def mlp(m: Mlp | Moe, spec: Spec, kept: ActivationConfig) -> int:
-    """Gated: gate, act(gate), up and their product; plain: before and after the activation. ReLU needs only after."""
+def mlp(m: Mlp | Moe, spec: Spec, config: ActivationConfig) -> int:
+    """Gated: gate, act(gate), up, their product; plain: input and output of the activation, ReLU its output alone."""
     if isinstance(m, Mlp):
-        return ((4 if m.gated else 2) - (m.act == "relu")) * m.hidden_dim * kept.size
-    routed = m.top_k * (mlp(m.expert, spec, kept) + 2 * spec.dim * kept.size)  # a copy of the token goes in and out
-    shared = mlp(m.shared, spec, kept) if m.shared else 0
-    return routed + shared + (m.n_experts + m.shared_gate * spec.dim) * kept.size
+        return ((4 if m.gated else 2) - (m.act == "relu")) * m.hidden_dim * config.itemsize
+    routed = m.top_k * (mlp(m.expert, spec, config) + 2 * spec.dim * config.itemsize)  # the token is copied in and out
+    shared = mlp(m.shared, spec, config) if m.shared else 0
+    return routed + shared + (m.n_experts + m.shared_gate * spec.dim) * config.itemsize
 
 
-def layer_products(x: Layer, dim: int) -> int:
-    """Numbers per token that a layer's products with weights make; stacked experts are computed again."""
+def matmul_outputs(x: Layer, dim: int) -> int:
+    """Elements per token that a layer's weight matmuls write, which selective checkpointing saves; experts excepted."""
     a, m = x.attn, x.mlp
     attn = (a.n_heads + (0 if a.cross else 2 * a.n_kv_heads)) * a.head_dim + dim
     dense = m if isinstance(m, Mlp) else m.shared

@@ -8,7 +8,7 @@ from oneblock.spec import Attention, Layer, Mlp, Moe, Norm, Spec
 
 PARTS = ("embedding", "positions", "attention", "mlp", "experts", "norms", "gates", "head")
 
-# Norms over the residual stream in a layer of each kind.
+# Norms over the residual stream, per kind of residual.
 NORMS = {"pre": 2, "post": 2, "output": 2, "sandwich": 4, "parallel": 1, "parallel_two": 2}
 
 
@@ -21,14 +21,14 @@ def norm(n: Norm, dim: int) -> int:
 
 
 def attention(a: Attention, dim: int) -> int:
-    """The four projections and the sinks."""
+    """The four projections and the attention sinks."""
     q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
     projections = linear(dim, q, a.bias[0]) + 2 * linear(dim, kv, a.bias[0]) + linear(q, dim, a.bias[1])
     return projections + a.sinks * a.n_heads
 
 
 def qk_norms(a: Attention, n: Norm) -> int:
-    """Gains on queries and keys; "l2" has none."""
+    """Weights of the query and key norms; "l2" has none."""
     match a.qk_norm:
         case "head":
             return 2 * norm(n, a.head_dim)
@@ -42,7 +42,7 @@ def mlp(m: Mlp, dim: int) -> int:
 
 
 def experts(m: Moe, dim: int, active: bool = False) -> int:
-    """Router, experts (active: only those one token goes to) and what every token shares."""
+    """Router, experts (active: only the top k) and the shared expert."""
     routed = (m.top_k if active else m.n_experts) * mlp(m.expert, dim)
     shared = (mlp(m.shared, dim) if m.shared else 0) + m.shared_gate * dim
     return linear(dim, m.n_experts, m.router_bias) + routed + shared
@@ -59,9 +59,9 @@ def layer(layer: Layer, dim: int, n: Norm, active: bool = False) -> Counter[str]
 
 
 def by_part(spec: Spec, active: bool = False) -> dict[str, int]:
-    """Parameters of each of PARTS. `active`: those that take part in one token, embeddings and head included.
+    """Parameters of each of PARTS. `active`: those that one token uses, embedding and LM head included.
 
-    A tied head counts once, under embedding.
+    A tied LM head counts once, under embedding.
     """
     rows = spec.positions.length + spec.positions.offset if spec.positions and spec.positions.kind == "learned" else 0
     parts = Counter(

@@ -1,4 +1,4 @@
-"""Training: how many tokens, how long, and for how much."""
+"""Training runs: compute-optimal tokens, time and cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from oneblock.errors import OneblockError
 
 @dataclass(frozen=True)
 class Gpu:
-    """An accelerator, by its data sheet. Prices are what an hour was let for in late 2025, roughly: give your own."""
+    """An accelerator, by its data sheet. Prices are rough rental prices of late 2025: give your own."""
 
     name: str
     flops: float  # per second, 16-bit, dense
@@ -42,7 +42,7 @@ def gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Run:
-    """What training on `tokens` tokens takes."""
+    """FLOPs, time and cost of training on `tokens` tokens."""
 
     tokens: float
     flops: float
@@ -51,14 +51,14 @@ class Run:
 
 
 def run(flops_per_token: float, tokens: float, gpu: Gpu, gpus: int, utilisation: float, price: float | None) -> Run:
-    """`utilisation`: the share of the peak that a run gets (MFU, arXiv:2204.02311); 0.4 is ordinary.
+    """Time and cost of a run. `utilisation` is the share of peak FLOPs reached (MFU, arXiv:2204.02311); 0.4 is common.
 
-    `price`: dollars per GPU and hour; None: the table's.
+    `price` is dollars per GPU and hour; None takes the table's.
     """
     if not 0 < utilisation <= 1:
         raise OneblockError(f"utilisation is {utilisation}, but it must lie in (0, 1]")
     if gpus < 1 or tokens < 0:
-        raise OneblockError("a run needs at least one GPU and no fewer than 0 tokens")
+        raise OneblockError(f"{gpus} GPUs and {tokens} tokens: a run needs at least 1 GPU and 0 tokens")
     flops = flops_per_token * tokens
     seconds = flops / (gpus * gpu.flops * utilisation)
     return Run(tokens, flops, seconds, seconds / 3600 * gpus * (gpu.price if price is None else price))
@@ -78,7 +78,7 @@ class Law:
         return self.E + self.A / n**self.alpha + self.B / d**self.beta
 
     def tokens(self, n: float) -> float:
-        """The D for which N is the best size: at fixed N x D, where alpha A / N ** alpha = beta B / D ** beta."""
+        """The compute-optimal D for N: at fixed N x D, alpha A / N ** alpha = beta B / D ** beta."""
         return (self.beta * self.B / (self.alpha * self.A) * n**self.alpha) ** (1 / self.beta)
 
 
@@ -89,5 +89,5 @@ TOKENS_PER_PARAMETER = 20  # arXiv:2203.15556, table 3, about
 
 
 def optimal_tokens(n: float, law: Law | None = None) -> float:
-    """Tokens after which a larger model would have made better use of the compute; None: 20 a parameter."""
+    """Compute-optimal training tokens for `n` parameters, by a fitted law or (None) 20 per parameter."""
     return TOKENS_PER_PARAMETER * n if law is None else law.tokens(n)

@@ -14,7 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.parallel.mesh import Mesh
 from oneblock.parallel.world import World
 from oneblock.plan import flops, memory, params
-from oneblock.plan.activations import Recompute
+from oneblock.plan.activations import ActivationCheckpointing
 from oneblock.plan.training import GPUS, Gpu, Run, run
 from oneblock.train import loggers as sinks
 from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total_memory, use_device
@@ -92,19 +92,19 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
     )
 
 
-def need(job: Job, options: Train, batch: int, recompute: Recompute, world: World) -> memory.Training:
+def need(job: Job, options: Train, batch: int, recompute: ActivationCheckpointing, world: World) -> memory.Training:
     """Memory of one device for micro-batches of `batch` rows on all ranks together."""
     loop, optimizer = options.loop, options.optimizer
-    setup = memory.TrainingConfig(
+    config = memory.TrainingConfig(
         dtype=str(product_dtype(loop)).removeprefix("torch."),
-        recompute=recompute,
+        activation_checkpointing=recompute,
         optimizer=optimizer.optimizer,
         accumulate=loop.accumulate > 1 or world.copies,  # DistributedDataParallel keeps its buckets
         ema=bool(optimizer.ema),
         cpu=torch.device(loop.device).type == "cpu",
-        over=over(world.mesh),
+        parallelism=over(world.mesh),
     )
-    return memory.training(job.spec, job.context, -(-batch // world.data_ranks), setup)
+    return memory.training(job.spec, job.context, -(-batch // world.data_ranks), config)
 
 
 def over(mesh: Mesh) -> memory.Parallelism:
@@ -203,7 +203,7 @@ def remedies(job: Job, options: Train, have: int, world: World) -> str:
     """The largest batches that fit, as they are and with everything computed again."""
     found: list[str] = []
     loop, best = options.loop, 0
-    modes: tuple[Recompute, ...] = (loop.recompute, "full")
+    modes: tuple[ActivationCheckpointing, ...] = (loop.recompute, "full")
     for mode in dict.fromkeys(modes):
         rows = largest(job, options, have, mode, world)
         again = "--recompute full" if mode != loop.recompute else ""
@@ -219,7 +219,7 @@ def remedies(job: Job, options: Train, have: int, world: World) -> str:
     return f"even one row with --recompute full takes {size(least)}; make the model or --context smaller"
 
 
-def largest(job: Job, options: Train, have: int, mode: Recompute, world: World) -> int:
+def largest(job: Job, options: Train, have: int, mode: ActivationCheckpointing, world: World) -> int:
     """The largest batch that fits and divides the rows of a step; 0: none."""
     rows = options.loop.batch * options.loop.accumulate
     for batch in range(options.loop.batch, 0, -1):
