@@ -100,8 +100,8 @@ def test_rows_that_go_on_are_read_again(name: str) -> None:
 
 def test_batches_are_kept_full(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    advance = Sequences.advance
-    monkeypatch.setattr(Sequences, "advance", lambda self: (sizes.append(len(self.rows)), advance(self))[1])
+    advance = Sequences.step
+    monkeypatch.setattr(Sequences, "step", lambda self: (sizes.append(len(self.rows)), advance(self))[1])
     rows = [{"prompt": "x", "max_tokens": 5 + i * 7 % 50, "ignore_eos": True} for i in range(24)]
     jobs = [Reader(llm, {"seed": 0}).job(n, row) for n, row in enumerate(rows, 1)]
     assert len(list(replies(llm, jobs, 8))) == 24

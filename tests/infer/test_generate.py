@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oneblock.errors import OneblockError
-from oneblock.infer.generate import Request, Sequences, check, context_limit, events, room
+from oneblock.infer.generate import Request, Sequences, check, context_limit, events, remaining_tokens
 from oneblock.infer.sample import SamplingParams
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES, Dynamic, LongRope, Rope, Spec, Yarn
@@ -175,12 +175,12 @@ def test_the_common_part_is_not_fed_again():
 
 def test_the_context_is_the_limit():
     spec = FAMILIES["llama"](context=32)
-    assert room(spec, [1] * 30, 100) == 2
-    assert room(spec, [1] * 30, None) == 2
-    assert room(spec, [1] * 10, 5) == 5
+    assert remaining_tokens(spec, [1] * 30, 100) == 2
+    assert remaining_tokens(spec, [1] * 30, None) == 2
+    assert remaining_tokens(spec, [1] * 10, 5) == 5
     for n in (32, 40):
         with pytest.raises(OneblockError, match=rf"{n} tokens.*32"):
-            room(spec, [1] * n, 1)
+            remaining_tokens(spec, [1] * n, 1)
 
 
 def test_context_of_scaled_rotations():

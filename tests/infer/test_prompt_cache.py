@@ -38,18 +38,18 @@ def fed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_was_read_is_not_read_again(
-    family: str, bits: Literal[16, 8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, kv_cache_dtype: Literal["auto", "int8"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, prompt, how = writer(family), list(range(1, 25)), {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    llm.cache_bits = bits
+    llm.kv_cache_dtype = kv_cache_dtype
     plain = [llm.generate(p, **how).ids for p in (prompt, [*prompt, 3, 4], [*prompt[:12], 30, 31])]
     llm.prompt_cache = tmp_path / "kept"
     assert llm.generate(prompt, **how).ids == plain[0]
     again = writer(family)  # another process would begin like this
-    again.prompt_cache, again.cache_bits = llm.prompt_cache, bits
+    again.prompt_cache, again.kv_cache_dtype = llm.prompt_cache, kv_cache_dtype
     passes = fed(again, monkeypatch)
     assert again.generate([*prompt, *plain[0][:5]], **how).ids[:7] == plain[0][5:]
     ring = family == "gemma3"  # it has dropped what lies before its window
@@ -64,10 +64,10 @@ def test_a_cache_of_another_model_or_a_damaged_one_is_refused(tmp_path: Path) ->
     llm.generate([1, 2, 3], max_tokens=3)
     with pytest.raises(OneblockError, match="is the cache of another model, or in other bits"):
         other.generate([1, 2, 3], max_tokens=3)
-    llm.cache_bits = 8
+    llm.kv_cache_dtype = "int8"
     with pytest.raises(OneblockError, match="is the cache of another model, or in other bits"):
         llm.generate([1, 2, 3], max_tokens=3)
-    llm.cache_bits = 16
+    llm.kv_cache_dtype = "auto"
     data = llm.prompt_cache.read_bytes()
     llm.prompt_cache.write_bytes(data[: len(data) // 2])
     with pytest.raises(OneblockError, match="delete it, and it is made again"):

@@ -14,11 +14,11 @@ from oneblock.infer.sample import (
     Counts,
     Sampler,
     SamplingParams,
-    choose,
     distribution,
     draw,
     logprobs,
     process_logits,
+    sample_tokens,
     top_logprobs,
 )
 
@@ -98,7 +98,7 @@ def test_bias_adds_and_bans():
     logits = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
     sampling = SamplingParams(temperature=0, logit_bias={2: -math.inf, 1: 0.5})
     assert process_logits(logits, sampling, None).tolist() == [[1.0, 2.5, -math.inf], [3.0, 2.5, -math.inf]]
-    assert choose(logits, sampling, None, None).tolist() == [1, 0]
+    assert sample_tokens(logits, sampling, None, None).tolist() == [1, 0]
 
 
 # ------------------------------------------------------------------ definitions, in plain Python
@@ -187,7 +187,7 @@ def test_draws_follow_the_distribution(sampling):
     n, vocab = 20_000, 8
     logits = some_logits(3, vocab, rows=1, scale=1.0)
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    drawn = choose(logits.expand(n, -1), sampling, None, uniform)
+    drawn = sample_tokens(logits.expand(n, -1), sampling, None, uniform)
     expected = n * distribution(logits, sampling)[0]
     # 7 degrees of freedom: 40.5 is exceeded once in a million
     assert chi_square(drawn.bincount(minlength=vocab).float(), expected) < 40.5
@@ -203,11 +203,11 @@ def test_the_samplers_stream_follows_the_distribution():
 
 
 @PROBABLE
-@given(seed=seeds, vocab=vocabularies, luck=st.sampled_from([0.0, 1e-17, 0.3, 0.999999999999, 1 - 2**-53]))
-def test_a_draw_always_has_weight(seed, vocab, luck):
+@given(seed=seeds, vocab=vocabularies, generator=st.sampled_from([0.0, 1e-17, 0.3, 0.999999999999, 1 - 2**-53]))
+def test_a_draw_always_has_weight(seed, vocab, generator):
     weights = some_logits(seed, vocab).softmax(-1)
     weights[:, torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[: vocab // 2]] = 0
-    ids = draw(weights, torch.full((2,), luck, dtype=torch.float64))
+    ids = draw(weights, torch.full((2,), generator, dtype=torch.float64))
     assert (weights.gather(-1, ids[:, None]) > 0).all()
 
 
@@ -228,7 +228,7 @@ def test_rows_that_stay_keep_their_luck_and_their_counts():
     whole, fewer = (Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 12) for _ in range(2))
     first = whole.next(logits)
     assert torch.equal(fewer.next(logits), first)
-    fewer.keep([2, 0])
+    fewer.select_sequences([2, 0])
     for _ in range(10):
         assert fewer.next(logits[[2, 0]]).tolist() == whole.next(logits)[[2, 0]].tolist()
 

@@ -28,10 +28,10 @@ def writer(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
 
 def test_the_text_guesses_what_it_repeats() -> None:
     lookup = NgramDrafter()
-    assert lookup.guess([1, 2, 3], 4) == DraftTokens([])
-    assert lookup.guess([1, 2, 3, 9, 1, 2, 3], 2) == DraftTokens([9, 1])
-    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == DraftTokens([7, 2, 3])  # what followed last
-    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == DraftTokens([])
+    assert lookup.propose([1, 2, 3], 4) == DraftTokens([])
+    assert lookup.propose([1, 2, 3, 9, 1, 2, 3], 2) == DraftTokens([9, 1])
+    assert lookup.propose([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == DraftTokens([7, 2, 3])  # what followed last
+    assert lookup.propose([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == DraftTokens([])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -42,16 +42,16 @@ def test_greedy_replies_are_the_same(family: str, by: str) -> None:
     prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
     for how in ({}, {"stop_ids": [5]}, {"repetition_penalty": 1.3, "top_logprobs": 2}):
         asked = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, **how}
-        llm.guess(0)
+        llm.set_speculative_decoding(0)
         plain = llm.generate(prompt, **asked)
-        llm.guess(5, None if by == "text" else llm if by == "itself" else writer(family, 1))
+        llm.set_speculative_decoding(5, None if by == "text" else llm if by == "itself" else writer(family, 1))
         found = llm.generate(prompt, **asked)
         assert found.ids == plain.ids
         assert found.finish_reason == plain.finish_reason
         assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
         if by == "itself" and not how and family != "gemma3":
-            assert llm.tally.kept == llm.tally.guessed > 90
-        assert family == "gemma3" or llm.tally.guessed > 0
+            assert llm.speculative_stats.kept == llm.speculative_stats.guessed > 90
+        assert family == "gemma3" or llm.speculative_stats.guessed > 0
 
 
 def test_guesses_leave_nothing_in_the_cache(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_guesses_leave_nothing_in_the_cache(tmp_path: Path) -> None:
     plain = llm.generate(prompt, max_tokens=40, **how).ids
     llm.prompt_cache = tmp_path / "kept"
     for guesses, n in ((5, 17), (5, 26), (0, 40)):
-        llm.guess(guesses, llm if guesses else None)
+        llm.set_speculative_decoding(guesses, llm if guesses else None)
         assert llm.generate(prompt, max_tokens=n, **how).ids == plain[:n]
         with safe_open(llm.prompt_cache, "pt") as file:
             kept = file.get_tensor("ids").tolist()
@@ -74,10 +74,10 @@ def test_a_conversation_guesses_too(data: Path) -> None:
     said = []
     for guesses in (0, 4):
         llm = load(data / "weights" / "stories260k")
-        llm.guess(guesses)
+        llm.set_speculative_decoding(guesses)
         talk = Conversation(llm, llm.request(max_tokens=40, temperature=0.0))
         said.append(["".join(talk.say(line)) for line in ("Once upon a time", "Then they played and played")])
-        assert (llm.tally.guessed > 0) == (guesses > 0)
+        assert (llm.speculative_stats.guessed > 0) == (guesses > 0)
     assert said[0] == said[1]
 
 
@@ -91,12 +91,12 @@ def test_what_is_written_has_the_models_distribution() -> None:
     expected = (first[:, None] * second).flatten()
     runs = 700
     for by in (draft, None):
-        llm.guess(3, by)
+        llm.set_speculative_decoding(3, by)
         counts = torch.zeros(64)
         for seed in range(runs):
             a, b = llm.generate(prompt, max_tokens=2, temperature=1, seed=seed, ignore_eos=True).ids
             counts[a * 8 + b] += 1
-        assert llm.tally.guessed > 0
+        assert llm.speculative_stats.guessed > 0
         common = expected * runs >= 5
         rare = torch.stack([counts[~common].sum(), expected[~common].sum() * runs])
         found, wanted = torch.cat([counts[common], rare[:1]]), torch.cat([expected[common] * runs, rare[1:]])
@@ -108,17 +108,17 @@ def test_what_is_written_has_the_models_distribution() -> None:
 def test_one_place_is_drawn_from_p_whatever_was_guessed() -> None:
     torch.manual_seed(0)
     p, q = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    luck, n = torch.Generator().manual_seed(0), 20_000
+    generator, n = torch.Generator().manual_seed(0), 20_000
     drawn = torch.multinomial(q, n, replacement=True).tolist()
-    found = torch.bincount(torch.tensor([rejection_sample(p, id, q, luck)[0] for id in drawn]), minlength=4) / n
+    found = torch.bincount(torch.tensor([rejection_sample(p, id, q, generator)[0] for id in drawn]), minlength=4) / n
     torch.testing.assert_close(found, p, atol=0.012, rtol=0)
-    sure = torch.bincount(torch.tensor([rejection_sample(p, 2, None, luck)[0] for _ in range(n)]), minlength=4) / n
+    sure = torch.bincount(torch.tensor([rejection_sample(p, 2, None, generator)[0] for _ in range(n)]), minlength=4) / n
     torch.testing.assert_close(sure, p, atol=0.012, rtol=0)
 
 
 def test_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OneblockError, match="the draft model has 30 words and the model 24"):
-        writer().guess(3, writer(vocab=30))
+        writer().set_speculative_decoding(3, writer(vocab=30))
 
 
 def test_the_command_tells_how_many_were_kept(data, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,9 +126,9 @@ def test_the_command_tells_how_many_were_kept(data, capsys: pytest.CaptureFixtur
     argv = ["generate", stories, "--prompt", "Once upon a time", "--max-tokens", "60", "--temperature", "0"]
     assert main(argv) == 0
     plain = capsys.readouterr().out
-    assert main([*argv, "--guesses", "4", "--draft", stories]) == 0
+    assert main([*argv, "--num-speculative-tokens", "4", "--draft-model", stories]) == 0
     out, err = capsys.readouterr()
     assert out == plain
     assert "guessed tokens kept (100%)" in err
-    assert main([*argv, "--draft", stories]) == 1
-    assert "--draft guesses nothing without --guesses" in capsys.readouterr().err
+    assert main([*argv, "--draft-model", stories]) == 1
+    assert "--draft-model has no effect without --num-speculative-tokens" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch
 import oneblock
 from oneblock import OneblockError, cli
 from oneblock.infer.llm import LLM
-from oneblock.infer.sample import SamplingParams, choose
+from oneblock.infer.sample import SamplingParams, sample_tokens
 from oneblock.infer.structured_output import CompiledGrammar, GrammarMatchers, StructuredOutput, Vocabulary
 from oneblock.model import Decoder, init_weights
 from oneblock.text import Tokenizer
@@ -162,17 +162,19 @@ def test_stop_ids_and_stop_texts(llm: LLM) -> None:
 def test_it_masks_after_the_bias_and_before_the_cuts() -> None:
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
     allowed = torch.tensor([[False, False, True, True]])
-    luck = torch.tensor([0.99], dtype=torch.float64)
+    generator = torch.tensor([0.99], dtype=torch.float64)
     for sampling in (
         SamplingParams(top_k=1),
         SamplingParams(top_p=0.5),
         SamplingParams(min_p=0.9),
         SamplingParams(temperature=0),
     ):
-        assert choose(logits, sampling, None, luck, allowed).tolist() == [2]
-    assert choose(logits, SamplingParams(temperature=0, logit_bias={3: 2.0}), None, None, allowed).tolist() == [3]
+        assert sample_tokens(logits, sampling, None, generator, allowed).tolist() == [2]
+    assert sample_tokens(logits, SamplingParams(temperature=0, logit_bias={3: 2.0}), None, None, allowed).tolist() == [
+        3
+    ]
     with pytest.raises(OneblockError, match="no token may follow"):
-        choose(logits, SamplingParams(logit_bias={2: -torch.inf, 3: -torch.inf}), None, luck, allowed)
+        sample_tokens(logits, SamplingParams(logit_bias={2: -torch.inf, 3: -torch.inf}), None, generator, allowed)
 
 
 # ------------------------------------------------------------------ batches, streams, log-probabilities
@@ -368,7 +370,7 @@ def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
     init_weights(other, 2)
     drafts = {"text": None, "itself": LLM(llm.model), "another": LLM(other)}
     guessing = LLM(llm.model, llm.tokenizer, generation=llm.generation)
-    guessing.guess(4, drafts[by])
+    guessing.set_speculative_decoding(4, drafts[by])
     for shape in ({"schema": PERSON}, *({"regex": regex} for regex in REGEXES), {"choices": CHOICES}, {"grammar": SUM}):
         how = {"max_tokens": 200, **shape}
         expected = llm.generate("aaaa ", temperature=0, **how)
@@ -379,4 +381,4 @@ def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
                 drawn = guessing.generate("aaaa ", seed=seed, **how)
                 assert drawn.finish_reason == "stop"
                 assert re.fullmatch(str(shape["regex"]), drawn.text or "")
-    assert guessing.tally.kept <= guessing.tally.guessed
+    assert guessing.speculative_stats.kept <= guessing.speculative_stats.guessed

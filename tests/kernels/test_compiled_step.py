@@ -59,7 +59,7 @@ def test_models_of_one_shape_have_programs_of_their_own() -> None:
 
 def test_it_keeps_a_cache_of_8_bits() -> None:
     llm = writer("gemma3", window=24)
-    llm.cache_bits = 8
+    llm.kv_cache_dtype = "int8"
     found = []
     for llm.compile in ("off", "on"):
         found.append(llm.generate([[1, 2, 3], [4, 5, 6, 7, 8]], **HOW, top_logprobs=1))

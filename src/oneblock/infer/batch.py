@@ -23,7 +23,7 @@ from torch import Tensor
 from oneblock.config import nearest
 from oneblock.errors import OneblockError
 from oneblock.infer.cache import item_bytes
-from oneblock.infer.generate import Request, Sequences, check, room
+from oneblock.infer.generate import Request, Sequences, check, remaining_tokens
 from oneblock.infer.llm import LLM, OPTIONS
 from oneblock.infer.sample import Sampler
 from oneblock.infer.stop import Reply
@@ -67,12 +67,12 @@ class Result:
 
 
 class Row:
-    """One reply while it grows, with its own luck and limits: what it says does not depend on the batch."""
+    """One reply while it grows, with its own generator and limits: what it says does not depend on the batch."""
 
     def __init__(self, llm: LLM, job: Job):
         request, model = job.request, llm.model
         self.job, self.text, self.error, self._tokenizer = job, "", None, llm.tokenizer
-        limit = room(model.spec, job.prompt, request.max_tokens)
+        limit = remaining_tokens(model.spec, job.prompt, request.max_tokens)
         self.reply = Reply(llm.detokenizer(job.prompt), limit, request.stop_ids, request.stop)
         self._limit = limit
         seeds = request.seeds or (secrets.randbits(63),)
@@ -85,7 +85,7 @@ class Row:
         return self.job.prompt + self.reply.ids
 
     @property
-    def room(self) -> int:
+    def remaining_tokens(self) -> int:
         """How many tokens may still come."""
         return self._limit - len(self.reply.ids)
 
@@ -93,7 +93,7 @@ class Row:
     def done(self) -> bool:
         return self.error is not None or self.reply.finish is not None
 
-    def choose(self, logits: Tensor) -> int:
+    def sample_tokens(self, logits: Tensor) -> int:
         """The next token, from logits (1, V). A reply that cannot go on has an `error`, and any id."""
         try:
             allowed = self._matchers.allowed() if self._matchers is not None else None
@@ -115,7 +115,7 @@ class Row:
 def replies(llm: LLM, jobs: Iterable[Job], size: int) -> Iterator[Result]:
     """The replies as they end, at most `size` prompts at once, those of similar length together, longest first."""
     waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
-    steps = sum(room(llm.spec, job.prompt, job.request.max_tokens) for job in waiting) // size
+    steps = sum(remaining_tokens(llm.spec, job.prompt, job.request.max_tokens) for job in waiting) // size
     compiled = llm.ready(steps)
     rows: list[Row] = []
     texts: Sequences | None = None
@@ -123,16 +123,16 @@ def replies(llm: LLM, jobs: Iterable[Job], size: int) -> Iterator[Result]:
         if texts is None or (waiting and len(rows) <= size // 2):
             rows += [Row(llm, waiting.popleft()) for _ in range(min(size - len(rows), len(waiting)))]
             found = [row.ids for row in rows]
-            most = max(map(len, found)) + max(row.room for row in rows)
-            texts = Sequences(llm.model, found, most, compiled, llm.cache_bits == 8)
-        logits = texts.advance()
+            most = max(map(len, found)) + max(row.remaining_tokens for row in rows)
+            texts = Sequences(llm.model, found, most, compiled, llm.kv_cache_dtype == "int8")
+        logits = texts.step()
         if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
-        texts.append([row.choose(logits[i : i + 1]) for i, row in enumerate(rows)])
+        texts.append_tokens([row.sample_tokens(logits[i : i + 1]) for i, row in enumerate(rows)])
         going = [i for i, row in enumerate(rows) if not row.done]
         yield from (row.result() for row in rows if row.done)
         if 0 < len(going) < len(rows):
-            texts.keep(going)
+            texts.select_sequences(going)
         rows = [rows[i] for i in going]
 
 
@@ -140,8 +140,10 @@ def rows_that_fit(llm: LLM, jobs: Sequence[Job]) -> int:
     """How many rows half of the free memory holds: keys and values at their longest, logits, the first pass."""
     model, spec = llm.model, llm.spec
     prompt = max((len(job.prompt) for job in jobs), default=1)
-    length = max((len(job.prompt) + room(spec, job.prompt, job.request.max_tokens) for job in jobs), default=1)
-    keys = kv_bytes(spec, length, item_bytes(spec, model.dtype, llm.cache_bits == 8))
+    length = max(
+        (len(job.prompt) + remaining_tokens(spec, job.prompt, job.request.max_tokens) for job in jobs), default=1
+    )
+    keys = kv_bytes(spec, length, item_bytes(spec, model.dtype, llm.kv_cache_dtype == "int8"))
     row = 2 * keys + 16 * spec.vocab + 64 * prompt * spec.dim  # twice: rows that leave are left out by a copy
     return max(1, min(MOST.get(model.device.type, 32), int(SHARE * free_memory(model.device) / row)))
 

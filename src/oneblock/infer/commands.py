@@ -72,11 +72,11 @@ class Loading:
     device: str = "cpu"  # cpu, cuda, cuda:1, ..
     compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: in long texts
     context: int | None = None  # tokens to make room for, past what the model was made for
-    rope: Literal["yarn", "linear", "dynamic"] = "yarn"  # how --context does it
-    cache_bits: Literal[16, 8] = 16  # of keys and values; 16: as the model is
+    rope_scaling: Literal["yarn", "linear", "dynamic"] = "yarn"  # how --context extends RoPE
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # dtype of keys and values; auto: the dtype of the model
     prompt_cache: Path | None = None  # a file that keeps what was read of a single prompt for later runs
-    guesses: int = 0  # tokens guessed and checked at a time: the same replies in fewer passes; 4 to 8 are usual
-    draft: str | None = None  # a smaller model with the same tokenizer that guesses; left out: what the text repeats
+    num_speculative_tokens: int = 0  # speculative decoding: draft tokens per step (4 to 8 are usual); 0: off
+    draft_model: str | None = None  # a smaller model with the same tokenizer; default: n-grams of the sequence itself
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,17 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
         reuse_memory(MOST)
     llm = load(loading.model, loading.dtype, loading.device, ranks)
     llm.compile = loading.compile
-    llm.cache_bits = loading.cache_bits
+    llm.kv_cache_dtype = loading.kv_cache_dtype
     llm.prompt_cache = loading.prompt_cache
     if loading.context is not None:
-        llm.extend_context(loading.context, loading.rope)
-    if loading.draft is not None and not loading.guesses:
-        raise OneblockError("--draft guesses nothing without --guesses: give --guesses 5")
-    if loading.guesses:
-        llm.guess(loading.guesses, load(loading.draft, loading.dtype, loading.device) if loading.draft else None)
+        llm.extend_context(loading.context, loading.rope_scaling)
+    if loading.draft_model is not None and not loading.num_speculative_tokens:
+        raise OneblockError(
+            "--draft-model has no effect without --num-speculative-tokens: add --num-speculative-tokens 5"
+        )
+    if loading.num_speculative_tokens:
+        draft = load(loading.draft_model, loading.dtype, loading.device) if loading.draft_model else None
+        llm.set_speculative_decoding(loading.num_speculative_tokens, draft)
     return llm
 
 
@@ -196,8 +199,8 @@ def complete(llm: LLM, prompt: str | list[int], chosen: dict[str, Any], options:
         screen.print(escape(prompt), end="", style="dim", soft_wrap=True)
     show(pieces)
     print()
-    if llm.tally.guessed:
-        Console(stderr=True, highlight=False).print(f"[dim]{llm.tally}[/]")
+    if llm.speculative_stats.guessed:
+        Console(stderr=True, highlight=False).print(f"[dim]{llm.speculative_stats}[/]")
 
 
 def asked(options: GenerateOptions) -> str | list[int]:

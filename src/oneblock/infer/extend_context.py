@@ -40,7 +40,7 @@ def longer(layer: s.Layer, before: int, after: int, kind: Kind) -> s.Layer:
         return layer
     if rope.scaling is not None:
         name = type(rope.scaling).__name__
-        raise OneblockError(f"its positions are scaled already ({name}): --rope cannot scale them again")
+        raise OneblockError(f"its positions are scaled already ({name}): --rope-scaling cannot scale them again")
     return replace(layer, attn=replace(attn, rope=replace(rope, scaling=scaling(after / before, before, kind))))
 
 

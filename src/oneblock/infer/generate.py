@@ -78,14 +78,14 @@ class Sequences:
         self.pads = [longest - len(row) for row in self.rows]
         self._steps = longrope_contexts(model.spec)
         self._whole = any(isinstance(scaling(layer), s.LongRope | s.Dynamic) for layer in model.spec.pattern)
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin with an empty cache: everything is read again."""
         model = self.model
         self.cache = KVCache(model.spec, len(self.rows), self.capacity, model.dtype, model.device, self.coded)
 
-    def advance(self) -> Tensor:
+    def step(self) -> Tensor:
         """Feed what the cache does not have yet; the logits after the last token of every row, (B, V)."""
         start, device = self.cache.length, self.model.device
         ids = [[0] * (pad - start) + row[max(start - pad, 0) :] for row, pad in zip(self.rows, self.pads, strict=True)]
@@ -109,25 +109,25 @@ class Sequences:
             self.model.hidden_states(ids_before, positions=at_before, cache=self.cache, last=1)
         return self.model.hidden_states(ids, positions=at, cache=self.cache, last=last)
 
-    def peek(self, guesses: Sequence[int]) -> Tensor:
+    def score_draft_tokens(self, guesses: Sequence[int]) -> Tensor:
         """Of the only row: feed what the cache lacks and guesses; the logits after its last token and each, (n, V).
 
         The cache has the guesses then, the row does not: rewind what did not stand.
         """
         [row] = self.rows
         if not guesses:
-            return self.advance()
+            return self.step()
         fed = torch.tensor([row[self.cache.length :] + list(guesses)], device=self.model.device)
         return self.model.logits(self._hidden(fed, last=len(guesses) + 1)[0])
 
-    def append(self, ids: Sequence[int]) -> None:
+    def append_tokens(self, ids: Sequence[int]) -> None:
         for row, id in zip(self.rows, ids, strict=True):
             row.append(id)
         # LongRoPE turns every angle once a text is over its first context: keys made before are void.
         if self._steps and any(len(row) - 1 in self._steps for row in self.rows):
-            self.forget()
+            self.reset()
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_sequences(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
         self.rows, self.pads = [self.rows[i] for i in rows], [self.pads[i] for i in rows]
         self.cache.keep(rows)
@@ -141,7 +141,7 @@ class Sequences:
         self.rows = [list(text)]
         crossed = any((len(fed) <= n) != (len(text) <= n) for n in self._steps)
         if crossed or not self.cache.rewind(same):
-            self.forget()
+            self.reset()
 
 
 def scaling(layer: s.Layer) -> s.Scaling | None:
@@ -171,27 +171,27 @@ def context_limit(spec: s.Spec) -> int | None:
 @torch.inference_mode()
 def events(texts: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]) -> Iterator[TokenOutput]:
     """The rows' tokens as they come. A row that has ended leaves the batch."""
-    limits = [room(texts.model.spec, row, request.max_tokens) for row in texts.rows]
+    limits = [remaining_tokens(texts.model.spec, row, request.max_tokens) for row in texts.rows]
     replies = [Reply(d, n, request.stop_ids, request.stop) for d, n in zip(detokenizers, limits, strict=True)]
     seeds = request.seeds or tuple(secrets.randbits(63) for _ in replies)
     sampler = Sampler(request.sampling, seeds, texts.rows, texts.model.spec.vocab, texts.model.device)
     matchers = request.grammar.start(texts.rows, request.stop_ids) if request.grammar is not None else None
     rows = list(range(len(replies)))  # of the request, in the batch's order
     while rows:
-        logits = texts.advance()
+        logits = texts.step()
         if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
         ids = sampler.next(logits, matchers.allowed() if matchers is not None else None)
         chosen = chosen_from(logits, ids, request.logprobs)
-        texts.append([c.id for c in chosen])
+        texts.append_tokens([c.id for c in chosen])
         last = matchers.push([c.id for c in chosen]) if matchers is not None else [False] * len(rows)
         for row, c, ends in zip(rows, chosen, last, strict=True):
             text = replies[row].push(c.id, ends)
             yield replace(c, row=row, text=text, finish=replies[row].finish)
         going = [i for i, row in enumerate(rows) if replies[row].finish is None]
         if 0 < len(going) < len(rows):
-            texts.keep(going)
-            sampler.keep(going)
+            texts.select_sequences(going)
+            sampler.select_sequences(going)
             if matchers is not None:
                 matchers.keep(going)
         rows = [rows[i] for i in going]
@@ -220,13 +220,13 @@ def check(spec: s.Spec, prompts: Sequence[Sequence[int]], request: Request) -> N
             raise OneblockError(
                 f"token id {wrong!r} is not in the vocabulary: ids are whole numbers from 0 to {vocab - 1}"
             )
-        room(spec, ids, request.max_tokens)
+        remaining_tokens(spec, ids, request.max_tokens)
     wrong = next((i for i in request.sampling.logit_bias if i not in range(spec.vocab)), None)
     if wrong is not None:
         raise OneblockError(f"logit_bias for {wrong!r}: ids are whole numbers from 0 to {spec.vocab - 1}")
 
 
-def room(spec: s.Spec, prompt: Sequence[int], max_tokens: int | None) -> int:
+def remaining_tokens(spec: s.Spec, prompt: Sequence[int], max_tokens: int | None) -> int:
     """How many tokens may follow the prompt."""
     limit = context_limit(spec)
     if limit is None:
@@ -234,6 +234,6 @@ def room(spec: s.Spec, prompt: Sequence[int], max_tokens: int | None) -> int:
     if len(prompt) >= limit:
         raise OneblockError(
             f"the prompt has {len(prompt)} tokens and the model's context {limit}: shorten the prompt"
-            f"{'' if spec.positions else ', or load it for longer texts (--context N --rope yarn)'}"
+            f"{'' if spec.positions else ', or load it for longer texts (--context N --rope-scaling yarn)'}"
         )
     return limit - len(prompt) if max_tokens is None else min(max_tokens, limit - len(prompt))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 from oneblock import store
 from oneblock.errors import OneblockError
 from oneblock.infer.extend_context import extend_context
-from oneblock.infer.generate import Request, Sequences, TokenOutput, check, events, room
+from oneblock.infer.generate import Request, Sequences, TokenOutput, check, events, remaining_tokens
 from oneblock.infer.prompt_cache import keep, take
 from oneblock.infer.sample import SamplingOptions, SamplingParams
 from oneblock.infer.speculate import ModelDrafter, NgramDrafter, SpeculativeStats, check_alike, speculated
@@ -89,10 +89,10 @@ class LLM:
         self.compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: where it pays
         self._compiled: Compiled | None = None
         self._used, self._settled = 0.0, False  # tokens, and whether the weights are in large pages
-        self.cache_bits: Literal[16, 8] = 16  # 8: keys and values take half the memory; 16: they are as the model is
-        self.guesses = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
-        self.draft: LLM | None = None  # who guesses; None: the text itself
-        self.tally = SpeculativeStats()  # of the last text that was guessed
+        self.kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: the dtype of the model
+        self.num_speculative_tokens = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
+        self.draft_model: LLM | None = None  # who guesses; None: the text itself
+        self.speculative_stats = SpeculativeStats()  # of the last text that was guessed
         self.prompt_cache: Path | None = None  # a file that keeps single texts' keys and values between runs
 
     def __repr__(self) -> str:
@@ -221,9 +221,9 @@ class LLM:
         """A batch ready to run, with room for what may come."""
         check(self.spec, prompts, request)
         longest = max(map(len, prompts), default=0)
-        more = max((room(self.spec, p, request.max_tokens) for p in prompts), default=0)
+        more = max((remaining_tokens(self.spec, p, request.max_tokens) for p in prompts), default=0)
         self._used += sum(map(len, prompts)) / PROMPT
-        return Sequences(self.model, prompts, longest + more, self.ready(more), self.cache_bits == 8)
+        return Sequences(self.model, prompts, longest + more, self.ready(more), self.kv_cache_dtype == "int8")
 
     def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[TokenOutput]:
         return self.run(self.texts(prompts, request), request, [self.detokenizer(prompt) for prompt in prompts])
@@ -234,7 +234,11 @@ class LLM:
         """The texts' tokens as they come; of a single text guessed, and kept on disk, where that was asked for."""
         if len(texts.rows) > 1:
             return events(texts, request, detokenizers)
-        found = self._guessed(texts, request, detokenizers[0]) if self.guesses else events(texts, request, detokenizers)
+        found = (
+            self._guessed(texts, request, detokenizers[0])
+            if self.num_speculative_tokens
+            else events(texts, request, detokenizers)
+        )
         return found if self.prompt_cache is None else self._kept(self.prompt_cache, texts, found)
 
     def _kept(self, path: Path, texts: Sequences, found: Iterator[TokenOutput]) -> Iterator[TokenOutput]:
@@ -245,24 +249,28 @@ class LLM:
         keep(path, texts)
 
     def _guessed(self, texts: Sequences, request: Request, detokenizer: Detokenizer | None) -> Iterator[TokenOutput]:
-        self.tally = SpeculativeStats()
+        self.speculative_stats = SpeculativeStats()
         seed = request.seeds[0] if request.seeds else 0
-        guesser = NgramDrafter() if self.draft is None else ModelDrafter(self.draft.model, request.sampling, seed + 1)
-        return speculated(texts, request, detokenizer, guesser, self.guesses, self.tally)
+        drafter = (
+            NgramDrafter()
+            if self.draft_model is None
+            else ModelDrafter(self.draft_model.model, request.sampling, seed + 1)
+        )
+        return speculated(texts, request, detokenizer, drafter, self.num_speculative_tokens, self.speculative_stats)
 
-    def guess(self, n: int, draft: LLM | None = None) -> None:
+    def set_speculative_decoding(self, num_speculative_tokens: int, draft_model: LLM | None = None) -> None:
         """From now on guess n tokens of single texts at a time: by a smaller model, or by what the text has repeated.
 
         The distribution stays the same; passes get fewer where guesses are good. OneblockError where the draft has
         another vocabulary.
         """
-        if draft is not None:
-            check_alike(self.model, draft.model)
-        self.guesses, self.draft = n, draft
+        if draft_model is not None:
+            check_alike(self.model, draft_model.model)
+        self.num_speculative_tokens, self.draft_model = num_speculative_tokens, draft_model
 
-    def extend_context(self, context: int, rope: Literal["yarn", "linear", "dynamic"] = "yarn") -> None:
+    def extend_context(self, context: int, rope_scaling: Literal["yarn", "linear", "dynamic"] = "yarn") -> None:
         """Make room for texts of so many tokens by RoPE scaling (infer/longer.py)."""
-        extend_context(self.model, context, rope)
+        extend_context(self.model, context, rope_scaling)
         self.config = {}  # it describes another model now
 
     def ready(self, tokens: int) -> Compiled | None:

@@ -60,7 +60,7 @@ def take(path: Path, texts: Sequences) -> int:
             pairs = ((stored(f"keys.{n}"), stored(f"values.{n}")) for n in cache.stored_layers)
             same = next((i for i, (a, b) in enumerate(zip(ids, row, strict=False)) if a != b), min(len(ids), len(row)))
             if same < 2 or not cache.fill(pairs, len(ids)) or not cache.rewind(min(same, len(row) - 1)):
-                texts.forget()
+                texts.reset()
                 return 0
     except (SafetensorError, OSError) as e:
         raise OneblockError(f"{path}: {str(e).splitlines()[0]}; delete it, and it is made again") from None

@@ -92,18 +92,18 @@ class Counts:
         """Count one more token (B,) of each row's reply."""
         self.reply.scatter_add_(1, ids[:, None], torch.ones_like(ids[:, None], dtype=torch.int32))
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_sequences(self, rows: Sequence[int]) -> None:
         self.prompt, self.reply = self.prompt[list(rows)], self.reply[list(rows)]
 
 
-def choose(
+def sample_tokens(
     logits: Tensor,
     sampling: SamplingParams,
     counts: Counts | None,
     uniform: Tensor | None,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row: logits (B, V) -> ids (B,). `uniform` (B,) in [0, 1) is the luck of each row.
+    """The next token of each row: logits (B, V) -> ids (B,). `uniform` (B,) in [0, 1) is the generator of each row.
 
     `allowed` (B, V): the ids that may be chosen at all.
     """
@@ -112,7 +112,7 @@ def choose(
         logits = only(logits, allowed)
     if sampling.greedy:
         return logits.argmax(-1)
-    assert uniform is not None, "a draw needs luck"
+    assert uniform is not None, "a draw needs generator"
     return draw(distribution(logits, sampling), uniform)
 
 
@@ -191,7 +191,7 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Sampling with a state for each row: its luck, and which tokens it has.
+    """Sampling with a state for each row: its generator, and which tokens it has.
 
     Every row draws from its own seed, so that what it draws does not depend on the batch it is in.
     """
@@ -205,22 +205,24 @@ class Sampler:
         device: torch.device | str = "cpu",
     ):
         self.sampling = sampling
-        self._luck = [] if sampling.greedy else [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        self._generators = [] if sampling.greedy else [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
         self._counts = Counts(prompts, vocab, device) if sampling.counts else None
 
     def next(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:
         """The next token of each row: logits (B, V) -> ids (B,), of those `allowed` (B, V)."""
-        luck = [torch.rand(1, dtype=torch.float64, generator=g) for g in self._luck]  # on the CPU: the same everywhere
-        ids = choose(logits, self.sampling, self._counts, torch.cat(luck) if luck else None, allowed)
+        generator = [
+            torch.rand(1, dtype=torch.float64, generator=g) for g in self._generators
+        ]  # on the CPU: the same everywhere
+        ids = sample_tokens(logits, self.sampling, self._counts, torch.cat(generator) if generator else None, allowed)
         if self._counts is not None:
             self._counts.add(ids)
         return ids
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_sequences(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
-        self._luck = [self._luck[i] for i in rows] if self._luck else []
+        self._generators = [self._generators[i] for i in rows] if self._generators else []
         if self._counts is not None:
-            self._counts.keep(rows)
+            self._counts.select_sequences(rows)
 
 
 def logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError
-from oneblock.infer.generate import Request, Sequences, TokenOutput, chosen_from, context_limit, room
+from oneblock.infer.generate import Request, Sequences, TokenOutput, chosen_from, context_limit, remaining_tokens
 from oneblock.infer.sample import Counts, SamplingParams, distribution, draw, only, process_logits
 from oneblock.infer.stop import Detokenizer, Reply
 from oneblock.model import Decoder
@@ -34,7 +34,7 @@ class DraftTokens:
 
 
 class Drafter(Protocol):
-    def guess(self, text: Sequence[int], n: int) -> DraftTokens:
+    def propose(self, text: Sequence[int], n: int) -> DraftTokens:
         """Up to n tokens that may follow."""
         ...
 
@@ -57,7 +57,7 @@ class NgramDrafter:
         self.after: dict[tuple[int, ...], int] = {}  # some ids -> where what followed them begins, latest first
         self.read = 0
 
-    def guess(self, text: Sequence[int], n: int) -> DraftTokens:
+    def propose(self, text: Sequence[int], n: int) -> DraftTokens:
         known = tuple(text)
         for end in range(max(self.read, 1), len(known)):  # the text's own end is not yet followed by anything
             for size in range(SHORTEST, min(LONGEST, end) + 1):
@@ -75,9 +75,9 @@ class ModelDrafter:
     def __init__(self, model: Decoder, sampling: SamplingParams, seed: int):
         self.model, self.sampling = model, replace(sampling, logit_bias={})
         self.texts: Sequences | None = None
-        self.luck = torch.Generator().manual_seed(seed % 2**63)
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
 
-    def guess(self, text: Sequence[int], n: int) -> DraftTokens:
+    def propose(self, text: Sequence[int], n: int) -> DraftTokens:
         limit = context_limit(self.model.spec)
         n = n if limit is None else max(min(n, limit - len(text)), 0)
         if self.texts is None:
@@ -86,9 +86,9 @@ class ModelDrafter:
             self.texts.replace(text)
         ids, weights = [], []
         for _ in range(n):
-            p = weighed(self.texts.advance(), self.sampling, None)
-            id = pick(p, self.luck)
-            self.texts.append([id])
+            p = weighed(self.texts.step(), self.sampling, None)
+            id = pick(p, self.generator)
+            self.texts.append_tokens([id])
             ids.append(id)
             weights.append(p)
         return DraftTokens(ids, torch.stack(weights) if weights else None)
@@ -117,34 +117,34 @@ def weighed(logits: Tensor, sampling: SamplingParams, counts: Counts | None, all
     return distribution(logits, sampling)[0]
 
 
-def pick(weights: Tensor, luck: torch.Generator) -> int:
-    uniform = torch.rand(1, dtype=torch.float64, generator=luck)
+def pick(weights: Tensor, generator: torch.Generator) -> int:
+    uniform = torch.rand(1, dtype=torch.float64, generator=generator)
     return int(draw(weights[None].cpu(), uniform))
 
 
-def rejection_sample(p: Tensor, id: int, q: Tensor | None, luck: torch.Generator) -> tuple[int, bool]:
+def rejection_sample(p: Tensor, id: int, q: Tensor | None, generator: torch.Generator) -> tuple[int, bool]:
     """The token at one place, and whether it is the guessed one: p (V,) is the model's, q what the guess is from."""
     chance = 1.0 if q is None else float(q[id])
-    if torch.rand(1, dtype=torch.float64, generator=luck).item() * chance < float(p[id]):
+    if torch.rand(1, dtype=torch.float64, generator=generator).item() * chance < float(p[id]):
         return id, True
     left = p.clone() if q is None else (p - q).clamp(min=0)
     if q is None:
         left[id] = 0.0
-    return pick(left if left.sum() > 0 else p, luck), False
+    return pick(left if left.sum() > 0 else p, generator), False
 
 
 @dataclass
 class Speculation:
-    """One text, its guesser, and the state of its draws."""
+    """One text, its drafter, and the state of its draws."""
 
     texts: Sequences
     request: Request
-    guesser: Drafter
+    drafter: Drafter
     length: int  # guesses at a time
-    luck: torch.Generator
+    generator: torch.Generator
     counts: Counts | None
     matchers: GrammarMatchers | None  # of the only row
-    tally: SpeculativeStats = field(default_factory=SpeculativeStats)
+    stats: SpeculativeStats = field(default_factory=SpeculativeStats)
 
     def step(self, most: int) -> list[tuple[TokenOutput, bool]]:
         """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come.
@@ -153,21 +153,21 @@ class Speculation:
         """
         texts, [row] = self.texts, self.texts.rows
         n = min(self.length, most - 1)
-        guess = self.guesser.guess(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else DraftTokens([])
-        logits = texts.peek(guess.ids)
+        guess = self.drafter.propose(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else DraftTokens([])
+        logits = texts.score_draft_tokens(guess.ids)
         if logits.amax().isnan():
             raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
         chosen: list[tuple[TokenOutput, bool]] = []
         for i in range(len(guess.ids) + 1):
             id, kept = self.settle(logits[i], guess, i)
             [event] = chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)
-            texts.append([id])
+            texts.append_tokens([id])
             last = self.matchers is not None and self.matchers.push([id])[0]
             chosen.append((event, last))
-            self.tally.kept += kept
+            self.stats.kept += kept
             if not kept or last or id in self.request.stop_ids:
                 break
-        self.tally.guessed += len(guess.ids)
+        self.stats.guessed += len(guess.ids)
         texts.cache.rewind(len(row) - 1)  # the last of them is the model's own, and not yet fed
         return chosen
 
@@ -176,9 +176,11 @@ class Speculation:
         allowed = None if self.matchers is None else self.matchers.allowed()
         p = weighed(logits, self.request.sampling, self.counts, allowed)
         if i == len(guess.ids):
-            found = pick(p, self.luck), False
+            found = pick(p, self.generator), False
         else:
-            found = rejection_sample(p, guess.ids[i], None if guess.weights is None else guess.weights[i], self.luck)
+            found = rejection_sample(
+                p, guess.ids[i], None if guess.weights is None else guess.weights[i], self.generator
+            )
         if self.counts is not None:
             self.counts.add(torch.tensor([found[0]], device=logits.device))
         return found
@@ -189,18 +191,18 @@ def speculated(
     texts: Sequences,
     request: Request,
     detokenizer: Detokenizer | None,
-    guesser: Drafter,
+    drafter: Drafter,
     length: int,
-    tally: SpeculativeStats,
+    stats: SpeculativeStats,
 ) -> Iterator[TokenOutput]:
     """`generate.events` for one text."""
-    most = room(texts.model.spec, texts.rows[0], request.max_tokens)
+    most = remaining_tokens(texts.model.spec, texts.rows[0], request.max_tokens)
     reply = Reply(detokenizer, most, request.stop_ids, request.stop)
     seed = request.seeds[0] if request.seeds else secrets.randbits(63)
     counts = Counts(texts.rows, texts.model.spec.vocab, texts.model.device) if request.sampling.counts else None
-    luck = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     matchers = request.grammar.start(texts.rows, request.stop_ids) if request.grammar is not None else None
-    speculation = Speculation(texts, request, guesser, length, luck, counts, matchers, tally)
+    speculation = Speculation(texts, request, drafter, length, generator, counts, matchers, stats)
     while reply.finish is None:
         for event, last in speculation.step(most):
             most -= 1
