@@ -11,7 +11,7 @@ from oneblock.errors import OneblockError
 from oneblock.infer.generate import Request, Sequences, check, context_limit, events, remaining_tokens
 from oneblock.infer.sample import SamplingParams
 from oneblock.model import Decoder
-from oneblock.spec import FAMILIES, Dynamic, LongRope, Rope, Spec, Yarn
+from oneblock.spec import FAMILIES, DynamicNTK, LongRope, Rope, Spec, Yarn
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -69,7 +69,7 @@ def test_a_prompt_read_in_chunks_is_the_same(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(model, "hidden_states", hidden_states)
     assert [replies(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)] == whole
     scaled = {type(layer.attn.rope.scaling) for layer in model.spec.pattern if layer.attn.rope}
-    assert max(longest) <= 24 or scaled & {LongRope, Dynamic}
+    assert max(longest) <= 24 or scaled & {LongRope, DynamicNTK}
 
 
 def test_rows_that_end_leave_and_the_others_go_on():
@@ -133,7 +133,9 @@ def test_logprobs_are_those_of_the_full_model():
 
 def longrope() -> Spec:
     short, long = tuple(1.0 + 0.1 * i for i in range(8)), tuple(2.0 + i for i in range(8))
-    return FAMILIES["phi3"](head_dim=16, rope=Rope(scaling=LongRope(short, long, context=16, gain=1.1)))
+    return FAMILIES["phi3"](
+        head_dim=16, rope=Rope(scaling=LongRope(short, long, original_context=16, attention_factor=1.1))
+    )
 
 
 @pytest.mark.parametrize("lengths", [(10,), (16,), (17,), (10, 14, 20, 3)], ids=str)
@@ -184,7 +186,7 @@ def test_the_context_is_the_limit():
 
 
 def test_context_of_scaled_rotations():
-    assert context_limit(FAMILIES["llama"](context=32, rope=Rope(scaling=Dynamic(2.0, 32)))) is None
+    assert context_limit(FAMILIES["llama"](context=32, rope=Rope(scaling=DynamicNTK(2.0, 32)))) is None
     assert context_limit(FAMILIES["llama"](context=32, rope=Rope(scaling=Yarn(4.0, 32)))) == 128
     assert context_limit(FAMILIES["llama"](context=256, rope=Rope(scaling=Yarn(4.0, 32)))) == 256
     assert context_limit(FAMILIES["gpt2"](context=40)) == 40

@@ -11,7 +11,7 @@ import torch
 
 from oneblock.infer.cache import KVCache
 from oneblock.model import Decoder, Dropout, attention, flex
-from oneblock.spec import Attention, Layer, Llama3, Mlp, Moe, Rope, Spec
+from oneblock.spec import Attention, Layer, Llama3Scaling, Mlp, Moe, Rope, Spec
 
 VARIANTS = {
     "full": {},
@@ -164,7 +164,7 @@ def test_dropout_zeroes_and_keeps_the_mean() -> None:
 
 
 COMPILED = {
-    "gqa, llama3 rope": tiny(rope=Rope(scaling=Llama3(8.0, 1.0, 4.0, 16))),
+    "gqa, llama3 rope": tiny(rope=Rope(scaling=Llama3Scaling(8.0, 1.0, 4.0, 16))),
     "window": tiny(window=7),
     "sinks, experts": replace(
         tiny(sinks=True), pattern=(Layer(tiny(sinks=True).layers[0].attn, Moe(4, 2, Mlp(16)), "sandwich"),)

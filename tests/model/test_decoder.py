@@ -30,9 +30,9 @@ def randomised(spec: Spec) -> Decoder:
 
 MOES = {
     "mixtral": Moe(4, 2, Mlp(16)),
-    "llama4": Moe(4, 1, Mlp(16), score="sigmoid", renormalize=False, weigh_input=True, shared=Mlp(24)),
+    "llama4": Moe(4, 1, Mlp(16), score_func="sigmoid", renormalize=False, scale_expert_input=True, shared=Mlp(24)),
     "qwen2": Moe(4, 3, Mlp(16), renormalize=False, shared=Mlp(24), shared_gate=True),
-    "gpt-oss": Moe(4, 2, Mlp(16, "quick_gelu", bias=True, limit=0.5, up_offset=1.0), router_bias=True),
+    "gpt-oss": Moe(4, 2, Mlp(16, "quick_gelu", bias=True, clamp=0.5, up_offset=1.0), router_bias=True),
     "plain": Moe(3, 1, Mlp(10, "gelu", gated=False, bias=True)),
 }
 
@@ -41,13 +41,13 @@ def one_token(moe: m.Moe, x: torch.Tensor) -> torch.Tensor:
     """A mixture of experts as its definition reads, for one token (dim,)."""
     spec, e = moe.spec, moe.experts
     logits = moe.router(x)
-    scores = logits.softmax(-1) if spec.score == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if spec.score_func == "softmax" else logits.sigmoid()
     chosen = scores.argsort(descending=True)[: spec.top_k]
     total = scores[chosen].sum() if spec.renormalize else 1.0
     out = torch.zeros_like(x)
     for i in chosen.tolist():
         weight = scores[i] / total
-        h = x * weight if spec.weigh_input else x
+        h = x * weight if spec.scale_expert_input else x
 
         def product(w: torch.Tensor | None, b: torch.Tensor | None, h: torch.Tensor, i: int = i) -> torch.Tensor:
             assert w is not None
@@ -55,7 +55,7 @@ def one_token(moe: m.Moe, x: torch.Tensor) -> torch.Tensor:
 
         gate = product(e.gate, e.gate_bias, h) if spec.expert.gated else None
         y = product(e.down, e.down_bias, m.activate(spec.expert, product(e.up, e.up_bias, h), gate))
-        out += y if spec.weigh_input else y * weight
+        out += y if spec.scale_expert_input else y * weight
     if moe.shared is not None:
         y = moe.shared(x)
         out += y if moe.shared_gate is None else torch.sigmoid(moe.shared_gate(x)) * y
@@ -165,11 +165,11 @@ def test_cross_attention_is_skipped_without_an_image() -> None:
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize("gain", ["after", "before"])
-def test_norms_compute_in_fp32_and_cast_where_they_say(kind: str, gain: str) -> None:
+@pytest.mark.parametrize("scale_in_fp32", [False, True])
+def test_norms_compute_in_fp32_and_cast_where_they_say(kind: Literal["rms", "layer"], scale_in_fp32: bool) -> None:
     from oneblock.model.norm import Norm as Module
 
-    norm = Module(Norm(kind, 1e-6, kind == "layer", 1.0, gain), 64)  # type: ignore[arg-type]
+    norm = Module(Norm(kind, 1e-6, kind == "layer", 1.0, scale_in_fp32), 64)
     torch.manual_seed(0)
     torch.nn.init.normal_(norm.weight)
     norm = norm.bfloat16()
@@ -178,14 +178,14 @@ def test_norms_compute_in_fp32_and_cast_where_they_say(kind: str, gain: str) -> 
     h = h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
     w = norm.weight.float() + 1
     if kind == "rms":
-        exact = h.bfloat16() * w.bfloat16() if gain == "after" else (h * w).bfloat16()
+        exact = h.bfloat16() * w.bfloat16() if not scale_in_fp32 else (h * w).bfloat16()
         assert torch.equal(norm(x), exact)
     else:
         torch.testing.assert_close(norm(x).float(), h * w.bfloat16().float(), atol=0.05, rtol=0.02)
 
 
 def test_first_weights_depend_on_the_seed_alone() -> None:
-    spec = replace(BASE, pattern=(replace(BASE.pattern[0], mlp=MOES["gpt-oss"]),), norm=Norm(offset=1.0))
+    spec = replace(BASE, pattern=(replace(BASE.pattern[0], mlp=MOES["gpt-oss"]),), norm=Norm(weight_offset=1.0))
     one, same, other = Decoder(spec), Decoder(spec), Decoder(spec)
     for model, seed in ((one, 1), (same, 1), (other, 2)):
         init_weights(model, seed)

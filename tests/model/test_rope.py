@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oneblock.model.rope import frequencies, rotary_table, rotate, sinusoids
-from oneblock.spec import Dynamic, Linear, Llama3, LongRope, Rope, Yarn
+from oneblock.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -17,19 +17,24 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 SHORT, LONG = (tuple(1 + 0.1 * i for i in range(16)), tuple(2 + 0.3 * i for i in range(16)))
 GAIN = math.sqrt(1 + math.log(4) / math.log(64))
 CASES: list[tuple[str, Any, dict[str, Any], int]] = [
-    ("linear", Linear(4.0), {"factor": 4.0}, 300),
-    ("dynamic", Dynamic(4.0, 256), {"factor": 4.0}, 300),
-    ("dynamic", Dynamic(4.0, 256), {"factor": 4.0}, 100),
+    ("linear", LinearScaling(4.0), {"factor": 4.0}, 300),
+    ("dynamic", DynamicNTK(4.0, 256), {"factor": 4.0}, 300),
+    ("dynamic", DynamicNTK(4.0, 256), {"factor": 4.0}, 100),
     (
         "llama3",
-        Llama3(8.0, 1.0, 4.0, 64),
+        Llama3Scaling(8.0, 1.0, 4.0, 64),
         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
         300,
     ),
-    ("yarn", Yarn(4.0, 64, gain=0.1 * math.log(4) + 1), {"factor": 4.0, "original_max_position_embeddings": 64}, 300),
     (
         "yarn",
-        Yarn(4.0, 64, beta_fast=16.0, beta_slow=2.0, truncate=False, gain=0.1 * math.log(4) + 1),
+        Yarn(4.0, 64, attention_factor=0.1 * math.log(4) + 1),
+        {"factor": 4.0, "original_max_position_embeddings": 64},
+        300,
+    ),
+    (
+        "yarn",
+        Yarn(4.0, 64, beta_fast=16.0, beta_slow=2.0, truncate=False, attention_factor=0.1 * math.log(4) + 1),
         {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
         300,
     ),
@@ -65,7 +70,7 @@ def test_frequencies_equal_transformers(kind: str, scaling: Any, values: dict[st
 
 
 def test_llama3_with_a_step_instead_of_a_ramp() -> None:
-    freqs, _ = frequencies(Rope(scaling=Llama3(16.0, 1.0, 1.0, 64)), 32, torch.arange(4)[None])
+    freqs, _ = frequencies(Rope(scaling=Llama3Scaling(16.0, 1.0, 1.0, 64)), 32, torch.arange(4)[None])
     plain, _ = frequencies(Rope(), 32, torch.arange(4)[None])
     turns = 64 * plain / (2 * math.pi)
     torch.testing.assert_close(freqs, torch.where(turns < 1, plain / 16, plain))
@@ -94,7 +99,7 @@ def test_a_rotation_turns_pairs_and_leaves_the_rest(interleaved: bool, dim: int 
 
 
 def test_rows_of_a_batch_scale_by_their_own_length() -> None:
-    rope = Rope(scaling=Dynamic(4.0, 16))
+    rope = Rope(scaling=DynamicNTK(4.0, 16))
     together = rotary_table(rope, 16, torch.stack((torch.arange(40), torch.arange(-20, 20))))[0]
     torch.testing.assert_close(together[0], rotary_table(rope, 16, torch.arange(40)[None])[0][0])
     torch.testing.assert_close(together[1, 20:], rotary_table(rope, 16, torch.arange(20)[None])[0][0])

@@ -59,7 +59,7 @@ ABSENT: dict[str, Any] = {
     "softcap": 1.5,
     "temperature_tuning": (4.0, 0.5),
     "limit": 0.2,
-    "scaling": s.Linear(2.0),
+    "scaling": s.LinearScaling(2.0),
     "positions": s.Positions(96, "sinusoidal"),
     "logit_softcap": 1.5,
     "dim": 4,
@@ -78,8 +78,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Changes that cannot show in these logits, and why.
 INVISIBLE = {
     r"^context$": "limits the length of a text, and nothing else",
-    r"^norm\.gain$": "rounding below fp32",
-    r"\.mlp\.(limit|up_offset)$@plain": "acts on gated MLPs only",
+    r"^norm\.scale_in_fp32$": "rounding below fp32",
+    r"\.mlp\.(clamp|up_offset)$@plain": "acts on gated MLPs only",
     r"\.attn\.(window|chunk)$@cross": "all of the image is visible",
     r"\.attn\.scale=None$@default": "says what the default is",
 }

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from oneblock.plan.describe import Change, by_layer, describe, diff
-from oneblock.spec import FAMILIES, MODELS, Dynamic, Linear, Llama3, LongRope, Rope, Spec, Yarn, spec
+from oneblock.spec import FAMILIES, MODELS, DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Spec, Yarn, spec
 
 CHOICES = {
     "kind": {"rms": "layer", "layer": "rms", "learned": "sinusoidal"},
     "gain": {"after": "before", "before": "after"},
-    "score": {"softmax": "sigmoid", "sigmoid": "softmax"},
+    "score_func": {"softmax": "sigmoid", "sigmoid": "softmax"},
     "act": {},
     "residual": {},
     "qk_norm": {"head": "full", "full": "l2", "l2": "head"},
@@ -51,14 +51,14 @@ def absent(name: str) -> Iterator[tuple[str, Any]]:
         "rope": Rope(),
         "qk_norm": "head",
         "temperature_tuning": (8.0, 0.1),
-        "scaling": Linear(2.0),
+        "scaling": LinearScaling(2.0),
     }
     if name not in ("positions", "shared"):
         yield "", values.get(name, 3)
 
 
 LONG = LongRope((1.0,) * 8, (2.0,) * 8, 64)
-SCALINGS = [Linear(2.0), Dynamic(2.0, 64), Llama3(8.0, 1.0, 4.0, 64), Yarn(4.0, 64), LONG]
+SCALINGS = [LinearScaling(2.0), DynamicNTK(2.0, 64), Llama3Scaling(8.0, 1.0, 4.0, 64), Yarn(4.0, 64), LONG]
 SPECS = [(name, build()) for name, build in FAMILIES.items()]
 SPECS += [(type(s).__name__, FAMILIES["llama"](rope=Rope(scaling=s))) for s in SCALINGS]
 
@@ -129,4 +129,4 @@ def test_layers_that_differ_are_named():
 def test_what_words_leave_out_is_named_by_its_path():
     a = FAMILIES["llama"](rope=Rope(scaling=LONG))
     b = FAMILIES["llama"](rope=Rope(scaling=LongRope((1.0,) * 8, (2.0,) * 3 + (5.0,) + (2.0,) * 4, 64)))
-    assert diff(a, b) == [Change("pattern[0].attn.rope.scaling.long[3]", "2.0", "5.0")]
+    assert diff(a, b) == [Change("pattern[0].attn.rope.scaling.long_factor[3]", "2.0", "5.0")]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
 from oneblock.spec import Attention, Layer, Mlp, Spec
-from oneblock.spec.build import fold, gated_hidden_dim, heads, longrope_gain, spread, yarn_gain
+from oneblock.spec.build import fold, gated_hidden_dim, heads, longrope_attention_factor, spread, yarn_attention_factor
 
 KINDS = tuple(Layer(Attention(4, 4, 16, window=window), Mlp(64)) for window in (None, 8, 32))
 depths = st.lists(st.sampled_from(KINDS), min_size=1, max_size=24)
@@ -58,6 +58,6 @@ def test_gated_hidden_is_just_over_eight_thirds(dim: int):
 
 
 def test_gains_of_published_models():
-    assert yarn_gain(32.0) == pytest.approx(1.3465735902799727)  # gpt-oss
-    assert longrope_gain(32.0, 4096) == pytest.approx(1.1902380714238083)  # Phi-3-mini-128k's attention factor
-    assert yarn_gain(1.0) == longrope_gain(0.5, 4096) == 1.0
+    assert yarn_attention_factor(32.0) == pytest.approx(1.3465735902799727)  # gpt-oss
+    assert longrope_attention_factor(32.0, 4096) == pytest.approx(1.1902380714238083)  # Phi-3-mini-128k
+    assert yarn_attention_factor(1.0) == longrope_attention_factor(0.5, 4096) == 1.0

@@ -10,7 +10,7 @@ import pytest
 
 import oneblock.spec as package
 from oneblock.errors import OneblockError
-from oneblock.spec import FAMILIES, MODELS, Linear, Rope, Spec, spec
+from oneblock.spec import FAMILIES, MODELS, LinearScaling, Rope, Spec, spec
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -44,7 +44,7 @@ def changed(name: str, value: Any, n_layers: int) -> Any:
         case str():
             return "relu2"
         case Rope():
-            return replace(value, scaling=Linear(3.0))
+            return replace(value, scaling=LinearScaling(3.0))
         case tuple() if all(isinstance(x, bool) for x in value):
             return tuple(not x for x in value) if len(set(value)) > 1 or n_layers == 1 else (value[0], not value[0])
         case tuple():

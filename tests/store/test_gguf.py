@@ -29,8 +29,8 @@ from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder
-from oneblock.spec import FAMILIES, Dynamic, Linear, Llama3, LongRope, Rope, Spec, Yarn
-from oneblock.spec.build import longrope_gain, yarn_gain
+from oneblock.spec import FAMILIES, DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Spec, Yarn
+from oneblock.spec.build import longrope_attention_factor, yarn_attention_factor
 from oneblock.store.gguf import load_gguf, save_gguf
 from oneblock.store.gguf.blocks import READ
 from oneblock.store.gguf.header import read_header
@@ -40,21 +40,23 @@ from oneblock.text import Tokenizer, byte_level, characters, train_bpe
 TINY: dict[str, Any] = {"vocab": 300, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "context": 128}
 GROUPED = TINY | {"n_kv_heads": 2}
 WIDE = GROUPED | {"head_dim": 16}
-LLAMA3 = Rope(500_000.0, scaling=Llama3(8.0, 1.0, 4.0, 8192))
+LLAMA3 = Rope(500_000.0, scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
 FACTORS = (1.0, 1.1, 1.5, 2.0)
-LONGROPE = Rope(10_000.0, scaling=LongRope(FACTORS, (1.0, 2.0, 4.0, 8.0), 512, longrope_gain(2, 512)))
+LONGROPE = Rope(10_000.0, scaling=LongRope(FACTORS, (1.0, 2.0, 4.0, 8.0), 512, longrope_attention_factor(2, 512)))
 SPECS = {
     "llama": FAMILIES["llama"](**WIDE),
     "llama-tied-biased": FAMILIES["llama"](**GROUPED, tied=True, attention_bias=True, mlp_bias=True, norm_eps=1e-6),
     "llama-multi-head": FAMILIES["llama"](**TINY),
     "llama3": FAMILIES["llama"](**WIDE, rope=LLAMA3),
-    "llama3-other": FAMILIES["llama"](**WIDE, rope=Rope(100.0, scaling=Llama3(4.0, 1.0, 2.0, 64))),
+    "llama3-other": FAMILIES["llama"](**WIDE, rope=Rope(100.0, scaling=Llama3Scaling(4.0, 1.0, 2.0, 64))),
     "llama-divided": FAMILIES["llama"](**GROUPED, rope=Rope(1e4, scaling=LongRope(FACTORS, FACTORS, 128))),
-    "llama-linear": FAMILIES["llama"](**WIDE, rope=Rope(1e4, scaling=Linear(2.5))),
+    "llama-linear": FAMILIES["llama"](**WIDE, rope=Rope(1e4, scaling=LinearScaling(2.5))),
     "mistral": FAMILIES["mistral"](**WIDE, window=9),
     "mistral-no-window": FAMILIES["mistral"](**WIDE, window=None),
     "qwen2": FAMILIES["qwen2"](**GROUPED, window=None, rope=Rope(1e6)),
-    "qwen2-yarn": FAMILIES["qwen2"](**GROUPED, window=None, rope=Rope(1e6, scaling=Yarn(4.0, 64, gain=yarn_gain(4.0)))),
+    "qwen2-yarn": FAMILIES["qwen2"](
+        **GROUPED, window=None, rope=Rope(1e6, scaling=Yarn(4.0, 64, attention_factor=yarn_attention_factor(4.0)))
+    ),
     "qwen3": FAMILIES["qwen3"](**WIDE, tied=True),
     "mixtral": FAMILIES["mixtral"](**WIDE, n_experts=5),
     "mixtral-window": FAMILIES["mixtral"](**GROUPED, n_experts=4, top_k=1, window=9),
@@ -63,7 +65,7 @@ SPECS = {
     "gemma2": FAMILIES["gemma2"](**WIDE, query_scalar=16, window=9),
     "gemma3": FAMILIES["gemma3"](**(WIDE | {"n_layers": 7}), query_scalar=16, window=9),
     "gemma3-every-other": FAMILIES["gemma3"](**WIDE, query_scalar=16, window=9, sliding=(True, False, True)),
-    "gemma3-linear": FAMILIES["gemma3"](**WIDE, query_scalar=16, window=9, rope=Rope(1e6, scaling=Linear(8.0))),
+    "gemma3-linear": FAMILIES["gemma3"](**WIDE, query_scalar=16, window=9, rope=Rope(1e6, scaling=LinearScaling(8.0))),
     "phi3": FAMILIES["phi3"](**GROUPED),
     "phi3-window": FAMILIES["phi3"](**GROUPED, window=9),
     "phi3-longrope": FAMILIES["phi3"](**(GROUPED | {"context": 1024}), rope=LONGROPE),
@@ -251,7 +253,7 @@ def test_a_file_becomes_a_folder_again(tmp_path: Path) -> None:
 
 REFUSED = {
     "hidden_act": FAMILIES["llama"](**TINY, act="gelu"),
-    "Dynamic": FAMILIES["llama"](**TINY, rope=Rope(1e4, scaling=Dynamic(2.0, 128))),
+    "Dynamic": FAMILIES["llama"](**TINY, rope=Rope(1e4, scaling=DynamicNTK(2.0, 128))),
     "query_pre_attn_scalar 11": FAMILIES["gemma2"](**WIDE, query_scalar=11),
     "layer_types": FAMILIES["gemma2"](**WIDE, query_scalar=16, sliding=(True, False, False)),
     "attention_bias": FAMILIES["qwen3"](**WIDE, attention_bias=True),

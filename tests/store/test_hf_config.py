@@ -13,7 +13,19 @@ import pytest
 import transformers
 
 from oneblock.errors import OneblockError
-from oneblock.spec import FAMILIES, MODELS, Dynamic, Layer, Linear, Llama3, LongRope, Rope, Spec, Yarn, spec
+from oneblock.spec import (
+    FAMILIES,
+    MODELS,
+    DynamicNTK,
+    Layer,
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    Rope,
+    Spec,
+    Yarn,
+    spec,
+)
 from oneblock.store.config import family_of, read_config, write_config
 from oneblock.store.families import FAMILIES as CLASSES
 
@@ -147,12 +159,12 @@ def test_ropes_by_hand(tmp_path: Path) -> None:
         return read({**LLAMA, **more}, tmp_path).pattern[0].attn.rope
 
     assert rope(rope_theta=5e5) == Rope(500000.0)
-    assert rope(rope_scaling={"type": "linear", "factor": 2}) == Rope(scaling=Linear(2.0))
-    assert rope(rope_scaling={"type": "dynamic", "factor": 2}) == Rope(scaling=Dynamic(2.0, 256))
-    assert rope(rope_scaling=YARN | {"attention_factor": 1.5}) == Rope(scaling=Yarn(8.0, 32, gain=1.5))
+    assert rope(rope_scaling={"type": "linear", "factor": 2}) == Rope(scaling=LinearScaling(2.0))
+    assert rope(rope_scaling={"type": "dynamic", "factor": 2}) == Rope(scaling=DynamicNTK(2.0, 256))
+    assert rope(rope_scaling=YARN | {"attention_factor": 1.5}) == Rope(scaling=Yarn(8.0, 32, attention_factor=1.5))
     llama3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
     llama3["original_max_position_embeddings"] = 64
-    assert rope(rope_scaling=llama3) == Rope(scaling=Llama3(8.0, 1.0, 4.0, 64))
+    assert rope(rope_scaling=llama3) == Rope(scaling=Llama3Scaling(8.0, 1.0, 4.0, 64))
     longrope = {**SU, "rope_type": "longrope", "attention_factor": 1.0}
     assert rope(rope_scaling=longrope) == Rope(scaling=LongRope((1.0,) * 8, (2.0,) * 8, 256))
 

@@ -68,7 +68,7 @@ def test_transformers_loads_what_we_made(family: str, tmp_path: Path) -> None:
 
 def test_an_architecture_that_no_class_has(tmp_path: Path) -> None:
     attn = Attention(2, 1, 8, Rope(interleaved=True), softcap=3.0, sinks=True)
-    layers = (Layer(attn, Mlp(24, "relu2", gated=False)), Layer(attn, Mlp(24, limit=1.0), "sandwich", gated=True))
+    layers = (Layer(attn, Mlp(24, "relu2", gated=False)), Layer(attn, Mlp(24, clamp=1.0), "sandwich", gated=True))
     for spec in (Spec(20, 16, 3, layers, 64), Spec(20, 16, 2, layers, 64, positions=Positions(64, "sinusoidal"))):
         model = random_model(spec)
         save_model(tmp_path / "m", model)
@@ -191,7 +191,7 @@ from oneblock.model import Decoder
 from oneblock.spec import FAMILIES
 from oneblock.store import save_model
 torch.manual_seed(1)
-model = Decoder(FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden=8))
+model = Decoder(FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden_dim=8))
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
     save_model(sys.argv[1], model, max_shard_size=1500)

@@ -44,11 +44,11 @@ def longer(layer: s.Layer, before: int, after: int, kind: Kind) -> s.Layer:
     return replace(layer, attn=replace(attn, rope=replace(rope, scaling=scaling(after / before, before, kind))))
 
 
-def scaling(factor: float, before: int, kind: Kind) -> s.Scaling:
+def scaling(factor: float, before: int, kind: Kind) -> s.RopeScaling:
     match kind:
         case "linear":
-            return s.Linear(factor)
+            return s.LinearScaling(factor)
         case "dynamic":
-            return s.Dynamic(factor, before)
+            return s.DynamicNTK(factor, before)
         case "yarn":
-            return s.Yarn(factor, before, gain=0.1 * math.log(factor) + 1)
+            return s.Yarn(factor, before, attention_factor=0.1 * math.log(factor) + 1)

@@ -77,7 +77,7 @@ class Sequences:
         longest = max(map(len, self.rows))
         self.pads = [longest - len(row) for row in self.rows]
         self._steps = longrope_contexts(model.spec)
-        self._whole = any(isinstance(scaling(layer), s.LongRope | s.Dynamic) for layer in model.spec.pattern)
+        self._whole = any(isinstance(scaling(layer), s.LongRope | s.DynamicNTK) for layer in model.spec.pattern)
         self.reset()
 
     def reset(self) -> None:
@@ -144,14 +144,14 @@ class Sequences:
             self.reset()
 
 
-def scaling(layer: s.Layer) -> s.Scaling | None:
+def scaling(layer: s.Layer) -> s.RopeScaling | None:
     return None if layer.attn.rope is None else layer.attn.rope.scaling
 
 
 def longrope_contexts(spec: s.Spec) -> frozenset[int]:
     """The lengths at which LongRoPE changes its angles."""
     found = (scaling(layer) for layer in spec.pattern)
-    return frozenset(how.context for how in found if isinstance(how, s.LongRope))
+    return frozenset(how.original_context for how in found if isinstance(how, s.LongRope))
 
 
 def context_limit(spec: s.Spec) -> int | None:
@@ -159,10 +159,10 @@ def context_limit(spec: s.Spec) -> int | None:
     limit = spec.context
     for layer in spec.pattern:
         match scaling(layer):
-            case s.Dynamic():
+            case s.DynamicNTK():
                 return None
-            case s.Yarn(factor=factor, context=context) | s.Llama3(factor=factor, context=context):
-                limit = max(limit, int(factor * context))
+            case s.Yarn() | s.Llama3Scaling() as scaled:
+                limit = max(limit, int(scaled.factor * scaled.original_context))
             case _:
                 pass
     return limit if spec.positions is None else min(limit, spec.positions.length)

@@ -43,7 +43,7 @@ class Project:
 
 def curve(mlp: Mlp) -> tuple[float, float] | None:
     """Its activation's a and b, where our operators have it."""
-    return SIGMOIDS.get(mlp.spec.act) if mlp.spec.limit is None and not mlp.spec.up_offset else None
+    return SIGMOIDS.get(mlp.spec.act) if mlp.spec.clamp is None and not mlp.spec.up_offset else None
 
 
 class Inner:
@@ -100,7 +100,7 @@ class Normed:
 def arguments(norm: Norm) -> tuple[float, float, bool, bool]:
     """What our operators ask of a norm beside its weights: eps, offset, centred, after."""
     spec, centred = norm.spec, norm.spec.kind == "layer"
-    return spec.eps, spec.offset, centred, not centred and spec.gain == "after"
+    return spec.eps, spec.weight_offset, centred, not centred and not spec.scale_in_fp32
 
 
 class Turn:

@@ -25,7 +25,7 @@ def init_weights(model: Decoder, seed: int, zero_out: bool = False, embed_std: f
     into_stream = std * (2 * model.spec.n_layers) ** -0.5
     for name, module in model.named_modules():
         if isinstance(module, Norm):
-            module.weight.fill_(1.0 - module.spec.offset)
+            module.weight.fill_(1.0 - module.spec.weight_offset)
         for key, p in module.named_parameters(recurse=False):
             if isinstance(module, Norm) and key == "weight":
                 continue

@@ -28,8 +28,8 @@ def activate(spec: s.Mlp, up: Tensor, gate: Tensor | None) -> Tensor:
     """What lies between the first products and the last: act(up), or act(gate) * up."""
     if gate is None:
         return ACT[spec.act](up)
-    if spec.limit is not None:
-        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    if spec.clamp is not None:
+        gate, up = gate.clamp(max=spec.clamp), up.clamp(-spec.clamp, spec.clamp)
     return ACT[spec.act](gate) * (up + spec.up_offset if spec.up_offset else up)
 
 
@@ -145,7 +145,7 @@ class Moe(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weight (fp32) and the index of each token's top experts: (N, k) each."""
         logits = self.router(x).float()
-        scores = logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
+        scores = logits.softmax(-1) if self.spec.score_func == "softmax" else logits.sigmoid()
         weight, index = scores.topk(self.spec.top_k, -1)
         return (weight / weight.sum(-1, keepdim=True) if self.spec.renormalize else weight), index
 
@@ -164,7 +164,7 @@ class Moe(nn.Module):
         rows = x[order // self.spec.top_k]
         y = (
             self.experts(rows * weight, expert, dropout)
-            if self.spec.weigh_input
+            if self.spec.scale_expert_input
             else weight * self.experts(rows, expert, dropout)
         )
         back = order.argsort()  # summing in the token's own order keeps the result the same from run to run

@@ -15,16 +15,16 @@ class Norm(nn.Module):
     def __init__(self, spec: s.Norm, dim: int):
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.full((dim,), 1.0 - spec.offset))
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - spec.weight_offset))
         self.bias = nn.Parameter(torch.zeros(dim)) if spec.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         gain, eps = self.weight, self.spec.eps
-        if self.spec.offset:
-            gain = gain.float() + self.spec.offset
+        if self.spec.weight_offset:
+            gain = gain.float() + self.spec.weight_offset
         if self.spec.kind == "layer":
             return F.layer_norm(x, gain.shape, gain.type_as(x), _cast(self.bias, x), eps)
-        if self.spec.gain == "after" and x.dtype != torch.float32:  # in fp32 there is no cast to come before
+        if not self.spec.scale_in_fp32 and x.dtype != torch.float32:  # in fp32 there is no cast to come before
             h = F.rms_norm(x, gain.shape, None, eps) * gain.type_as(x)
         else:
             h = F.rms_norm(x.float(), gain.shape, gain.float(), eps).type_as(x)

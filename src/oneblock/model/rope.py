@@ -32,16 +32,16 @@ def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor,
     match rope.scaling:
         case None:
             return freqs, 1.0
-        case s.Linear(factor):
+        case s.LinearScaling(factor):
             return freqs / factor, 1.0
-        case s.Dynamic(factor, context):
+        case s.DynamicNTK(factor, context):
             grown = factor * _length(positions).clamp(min=context) / context - (factor - 1)
             return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponent, 1.0
-        case s.Llama3(factor, low, high, context):
+        case s.Llama3Scaling(factor, low, high, context):
             return llama3(freqs, factor, low, high, context), 1.0
         case s.Yarn() as yarn:
             keep = 1 - yarn_ramp(yarn, rope.theta, dim, positions.device)
-            return freqs / yarn.factor * (1 - keep) + freqs * keep, yarn.gain
+            return freqs / yarn.factor * (1 - keep) + freqs * keep, yarn.attention_factor
         case s.LongRope(short, long, context, gain):
             near, far = (torch.tensor(x, device=positions.device, dtype=torch.float32) for x in (short, long))
             return freqs / torch.where(_length(positions) > context, far, near), gain
@@ -65,7 +65,7 @@ def yarn_ramp(yarn: s.Yarn, theta: float, dim: int, device: torch.device) -> Ten
     """0 where a dimension turns more than `fast` times within the old context, 1 below `slow` turns: (R / 2,)."""
 
     def dimension(turns: float) -> float:
-        return dim * math.log(yarn.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:

@@ -8,10 +8,10 @@ from typing import Any
 
 from oneblock.spec import (
     Attention,
-    Dynamic,
+    DynamicNTK,
     Layer,
-    Linear,
-    Llama3,
+    LinearScaling,
+    Llama3Scaling,
     LongRope,
     Mlp,
     Moe,
@@ -152,11 +152,11 @@ def _scaling(rope: Rope) -> str | None:
     match rope.scaling:
         case None:
             return None
-        case Linear(factor):
+        case LinearScaling(factor):
             return f"positions divided by {factor:g}"
-        case Dynamic(factor, context):
+        case DynamicNTK(factor, context):
             return f"base growing past {context:,} tokens (factor {factor:g})"
-        case Llama3(factor, low, high, context):
+        case Llama3Scaling(factor, low, high, context):
             ends = sorted({context / high, context / low})
             return f"waves over {' .. '.join(map(_number, ends))} tokens stretched by {factor:g}"
         case Yarn():
@@ -168,15 +168,15 @@ def _scaling(rope: Rope) -> str | None:
 def _yarn(y: Yarn) -> str:
     ends = "" if y.truncate else ", ends not rounded"
     beta = f"{y.beta_fast:g} .. {y.beta_slow:g}{ends}"
-    return f"YaRN by {y.factor:g} past {y.context:,} tokens (ramp {beta}, gain {y.gain:.5g})"
+    return f"YaRN by {y.factor:g} past {y.original_context:,} tokens (ramp {beta}, gain {y.attention_factor:.5g})"
 
 
 def _norm(n: Norm) -> str:
     return _list(
         f"{'LayerNorm' if n.kind == 'layer' else 'RMSNorm'}{' with bias' if n.bias else ''}",
         f"eps {_number(n.eps)}",
-        f"gain stored less {n.offset:g}" if n.offset else None,
-        "gain applied in fp32" if n.gain == "before" else None,
+        f"gain stored less {n.weight_offset:g}" if n.weight_offset else None,
+        "gain applied in fp32" if n.scale_in_fp32 else None,
     )
 
 
@@ -231,7 +231,7 @@ def _mlp(m: Mlp) -> str:
     return _list(
         kind,
         "with biases" if m.bias else None,
-        f"clamped at {m.limit:g}" if m.limit is not None else None,
+        f"clamped at {m.clamp:g}" if m.clamp is not None else None,
         f"up + {m.up_offset:g}" if m.up_offset else None,
     )
 
@@ -240,9 +240,9 @@ def _moe(m: Moe) -> str:
     gate = " behind a gate" if m.shared_gate else ""
     return _list(
         f"{m.top_k} of {m.n_experts} experts ({_mlp(m.expert)})",
-        f"{m.score} router{' with bias' if m.router_bias else ''}",
+        f"{m.score_func} router{' with bias' if m.router_bias else ''}",
         "weights made to sum to 1" if m.renormalize else None,
-        "inputs weighed, not outputs" if m.weigh_input else None,
+        "inputs weighed, not outputs" if m.scale_expert_input else None,
         f"one shared{gate} ({_mlp(m.shared)})" if m.shared else None,
     )
 
@@ -257,7 +257,7 @@ def _head(spec: Spec) -> str:
 
 
 def _differences(a: Any, b: Any, path: str) -> list[tuple[str, Any, Any]]:
-    """Every place where two trees differ: `pattern[0].attn.rope.scaling.short[3]`."""
+    """Every place where two trees differ: `pattern[0].attn.rope.scaling.short_factor[3]`."""
     if a == b:
         return []
     if is_dataclass(a) and type(a) is type(b):

@@ -17,8 +17,8 @@ BASE_10K = Rope(10_000.0)
 BASE_500K = Rope(500_000.0)
 BASE_1M = Rope(1_000_000.0)
 BASE_2M = Rope(2_000_000.0)
-NEIGHBOURS_10K = Rope(10_000.0, interleaved=True)
-NEIGHBOURS_500K = Rope(500_000.0, interleaved=True)
+INTERLEAVED_10K = Rope(10_000.0, interleaved=True)
+INTERLEAVED_500K = Rope(500_000.0, interleaved=True)
 
 
 class Row(NamedTuple):
@@ -62,11 +62,11 @@ def fold(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     return depth
 
 
-def yarn_gain(factor: float, scale: float = 1.0) -> float:
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
     """YaRN's default gain on cos and sin (arXiv:2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def longrope_gain(factor: float, context: int) -> float:
+def longrope_attention_factor(factor: float, context: int) -> float:
     """LongRoPE's default gain on cos and sin; `context` is the length before scaling."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))

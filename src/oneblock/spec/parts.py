@@ -1,8 +1,8 @@
-"""The architecture of a decoder, as data: what GPT-1 and Llama 4 do differently is written here and nowhere else.
+"""The architecture of a decoder-only language model as data: everything in which GPT-1 and Llama 4 differ.
 
 A `Spec` is a tree of frozen dataclasses. A field is a size, a number, a name looked up in a table, or a smaller
-part; `None` means the part is not there. Specs are hashable, so what depends on a part (rotary angles, masks) is
-built once per distinct part.
+part; `None` means the part is absent. Specs are hashable, so what a part determines (RoPE tables, masks) is built
+once per distinct part.
 """
 
 from __future__ import annotations
@@ -14,152 +14,161 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Norm:
-    """Layer normalisation (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467)."""
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467)."""
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
     bias: bool = False
-    offset: float = 0.0  # the gain is stored as (gain - offset); Gemma: 1
-    gain: Literal["after", "before"] = "after"  # multiply after or before the cast back from fp32
+    weight_offset: float = 0.0  # added to the stored weight; Gemma: 1
+    scale_in_fp32: bool = False  # multiply by the weight before, not after, the cast back from fp32
 
 
 @dataclass(frozen=True)
 class Positions:
     """Absolute position embeddings, added to the token embeddings."""
 
-    length: int
+    length: int  # positions in the table
     kind: Literal["learned", "sinusoidal"] = "learned"
     offset: int = 0  # unused rows before position 0; OPT: 2
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Position interpolation (arXiv:2306.15595): every frequency divided by `factor`."""
+class LinearScaling:
+    """Position interpolation (arXiv:2306.15595): every frequency is divided by `factor`."""
 
     factor: float
 
 
 @dataclass(frozen=True)
-class Dynamic:
-    """NTK-aware base that grows with the text once it is longer than `context`."""
+class DynamicNTK:
+    """NTK-aware RoPE base that grows with the sequence once it is longer than `original_context`."""
 
     factor: float
-    context: int  # the context length before scaling
+    original_context: int  # context length before scaling
 
 
 @dataclass(frozen=True)
-class Llama3:
-    """Long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1)."""
+class Llama3Scaling:
+    """Llama 3.1: long wavelengths are divided by `factor`, short ones are kept, with a ramp between them."""
 
     factor: float
-    low: float
-    high: float
-    context: int  # the context length before scaling
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int  # context length before scaling
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (arXiv:2309.00071): a ramp over dimensions between interpolation and none."""
+    """YaRN (arXiv:2309.00071): a ramp over the dimensions from no interpolation to full interpolation."""
 
     factor: float
-    context: int  # the context length before scaling
+    original_context: int  # context length before scaling
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    truncate: bool = True  # round the ramp's ends to whole dimensions
-    gain: float = 1.0  # multiplies cos and sin
+    truncate: bool = True  # round the ends of the ramp to whole dimensions
+    attention_factor: float = 1.0  # multiplies cos and sin
 
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE (arXiv:2402.13753): one divisor per frequency, another set once the text is longer than `context`."""
+    """LongRoPE (arXiv:2402.13753): one divisor per frequency, and other ones past `original_context` tokens."""
 
-    short: tuple[float, ...]
-    long: tuple[float, ...]
-    context: int  # the context length before scaling
-    gain: float = 1.0  # multiplies cos and sin
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_context: int  # context length before scaling
+    attention_factor: float = 1.0  # multiplies cos and sin
 
 
-Scaling = Linear | Dynamic | Llama3 | Yarn | LongRope
+RopeScaling = LinearScaling | DynamicNTK | Llama3Scaling | Yarn | LongRope
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv:2104.09864)."""
+    """Rotary position embedding, RoPE (arXiv:2104.09864)."""
 
-    theta: float = 10_000.0
-    dim: int | None = None  # rotate this many dimensions of each head; None: all of them
-    interleaved: bool = False  # rotate neighbours (0, 1), (2, 3) .. instead of halves (i, i + dim / 2)
-    scaling: Scaling | None = None
+    theta: float = 10_000.0  # base
+    dim: int | None = None  # rotated dimensions of each head; None: all of them
+    interleaved: bool = False  # rotate the pairs (0, 1), (2, 3) .. instead of the halves (i, i + dim / 2)
+    scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
+    """Multi-head attention; grouped-query (GQA) where `n_kv_heads` is smaller than `n_heads`."""
+
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    rope: Rope | None = None  # None: no rotation (GPT, or a NoPE layer)
-    window: int | None = None  # see this many tokens, oneself included
-    chunk: int | None = None  # see only tokens of the same chunk
+    rope: Rope | None = None  # None: no RoPE (GPT, or a NoPE layer)
+    window: int | None = None  # sliding window, in tokens, the query's own included
+    chunk: int | None = None  # chunked attention: a query sees only tokens of its own chunk
     bias: tuple[bool, bool] = (False, False)  # on q, k, v; on the output
-    # "head" and "full" (all heads as one vector): before the rotation; "l2": after it, without a gain
+    # "head": each head before RoPE; "full": all heads as one vector, before RoPE; "l2": after RoPE, without a weight
     qk_norm: Literal["head", "full", "l2"] | None = None
-    scale: float | None = None  # None: head_dim ** -0.5
-    softcap: float | None = None
-    temperature_tuning: tuple[float, float] | None = (
-        None  # (floor, slope): longer contexts get sharper queries (Llama 4)
-    )
-    sinks: bool = False  # one learned logit per head that takes attention and gives nothing (gpt-oss)
-    cross: bool = False  # keys and values come from the image, all of them visible
+    scale: float | None = None  # multiplies q @ k; None: head_dim ** -0.5
+    softcap: float | None = None  # soft cap of the attention scores
+    temperature_tuning: tuple[float, float] | None = None  # (floor, slope): q grows with its position (Llama 4)
+    sinks: bool = False  # attention sink: one learned logit per head in the softmax, without a value (gpt-oss)
+    cross: bool = False  # cross-attention: keys and values come from the image, without a causal mask
 
 
 @dataclass(frozen=True)
 class Mlp:
+    """MLP; gated (SwiGLU, GeGLU): act(gate(x)) * up(x), then down."""
+
     hidden_dim: int
     act: str = "silu"  # a key of model.mlp.ACT
     gated: bool = True
     bias: bool = False
-    limit: float | None = None  # clamp the gate from above and the up product on both sides (gpt-oss)
-    up_offset: float = 0.0  # added to the up product before the gate multiplies it (gpt-oss: 1)
+    clamp: float | None = None  # clamp the gate from above and `up` from both sides (gpt-oss: 7)
+    up_offset: float = 0.0  # added to `up` before the gate multiplies it (gpt-oss: 1)
 
 
 @dataclass(frozen=True)
 class Moe:
+    """Mixture of experts: a router picks `top_k` of `n_experts` MLPs for each token."""
+
     n_experts: int
     top_k: int
     expert: Mlp
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    renormalize: bool = True  # make the top-k weights sum to one
-    weigh_input: bool = False  # weigh what goes into an expert instead of what comes out (Llama 4)
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = True  # make the top-k router weights sum to one
+    scale_expert_input: bool = False  # the router weight multiplies an expert's input, not its output (Llama 4)
     router_bias: bool = False
-    shared: Mlp | None = None
-    shared_gate: bool = False
+    shared: Mlp | None = None  # shared expert, which every token passes through
+    shared_gate: bool = False  # a sigmoid gate on the shared expert
 
 
 @dataclass(frozen=True)
 class Layer:
+    """One decoder block: attention and an MLP, or a mixture of experts, on the residual stream."""
+
     attn: Attention
     mlp: Mlp | Moe
-    residual: Literal["pre", "post", "sandwich", "output", "parallel", "parallel_two"] = "pre"
-    gated: bool = False  # a learned tanh gate, shut at first, on each sublayer (Llama 3.2 vision)
+    residual: Literal["pre", "post", "sandwich", "output", "parallel", "parallel_two"] = "pre"  # where the norms are
+    gated: bool = False  # a learned tanh gate, zero at first, on each sublayer (Llama 3.2 Vision)
 
 
 @dataclass(frozen=True)
 class Spec:
-    vocab: int
-    dim: int
+    """A whole decoder."""
+
+    vocab: int  # tokens in the vocabulary
+    dim: int  # width of the residual stream
     n_layers: int
     pattern: tuple[Layer, ...]  # repeated over the depth
-    context: int  # the longest text the model was made for, in tokens
+    context: int  # longest context length, in tokens
     norm: Norm = Norm()
     positions: Positions | None = None
-    embed_scale: float = 1.0
-    embed_extra: int = 0  # input rows past the vocabulary that are never predicted (Llama 3.2 vision: 8)
+    embed_scale: float = 1.0  # multiplies the token embeddings
+    embed_extra: int = 0  # input embeddings past the vocabulary, never predicted (Llama 3.2 Vision: 8)
     final_norm: bool = True
-    tied: bool = False
+    tied: bool = False  # weight tying: the LM head is the embedding matrix
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
+        """The layer of each depth."""
         return tuple(islice(cycle(self.pattern), self.n_layers))

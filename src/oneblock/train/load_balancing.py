@@ -62,7 +62,7 @@ class Routing:
     def _layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one layer: tokens each expert got (E,), the mean of the routers' shares (E,), and the z-loss."""
         spec, logits = self.layers[i].spec, self.logits[i].float()
-        scores = logits.softmax(-1) if spec.score == "softmax" else logits.sigmoid()
+        scores = logits.softmax(-1) if spec.score_func == "softmax" else logits.sigmoid()
         index = scores.topk(spec.top_k, -1).indices
         counts = torch.zeros(spec.n_experts, device=logits.device)
         counts = counts.scatter_add(0, index.flatten(), torch.ones(index.numel(), device=logits.device))

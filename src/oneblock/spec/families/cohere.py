@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from oneblock.spec.build import NEIGHBOURS_10K, Row, fold, gated_hidden_dim, heads, spread
+from oneblock.spec.build import INTERLEAVED_10K, Row, fold, gated_hidden_dim, heads, spread
 from oneblock.spec.parts import Attention, Layer, Mlp, Norm, Rope, Spec
 
 
@@ -20,7 +20,7 @@ def cohere2(
     context: int = 256,
     norm_eps: float = 1e-5,
     act: str = "silu",
-    rope: Rope = NEIGHBOURS_10K,
+    rope: Rope = INTERLEAVED_10K,
     window: int | None = 64,
     sliding: tuple[bool, ...] = (True, True, True, False),
     attention_bias: bool = False,

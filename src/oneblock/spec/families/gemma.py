@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from oneblock.spec.build import BASE_1M, BASE_10K, Row, fold, gated_hidden_dim, heads, row, spread
-from oneblock.spec.parts import Attention, Layer, Linear, Mlp, Norm, Rope, Spec
+from oneblock.spec.parts import Attention, Layer, LinearScaling, Mlp, Norm, Rope, Spec
 
 
 def _norm(eps: float) -> Norm:
-    return Norm("rms", eps, offset=1.0, gain="before")
+    return Norm("rms", eps, weight_offset=1.0, scale_in_fp32=True)
 
 
 def _scale(query_scalar: float | None, head_dim: int) -> float | None:
@@ -148,7 +148,7 @@ LARGE: dict[str, Any] = {  # 262,144 tokens, padded for those of images
     "vocab": 262208,
     "context": 131072,
     "window": 1024,
-    "rope": Rope(1_000_000.0, scaling=Linear(8.0)),
+    "rope": Rope(1_000_000.0, scaling=LinearScaling(8.0)),
 }
 
 SIZES: dict[str, Row] = {

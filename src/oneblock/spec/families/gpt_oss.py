@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from oneblock.spec.build import Row, fold, heads, row, spread, yarn_gain
+from oneblock.spec.build import Row, fold, heads, row, spread, yarn_attention_factor
 from oneblock.spec.parts import Attention, Layer, Mlp, Moe, Norm, Rope, Spec, Yarn
 
-YARN = Rope(150_000.0, scaling=Yarn(32.0, 4096, truncate=False, gain=yarn_gain(32.0)))
+YARN = Rope(150_000.0, scaling=Yarn(32.0, 4096, truncate=False, attention_factor=yarn_attention_factor(32.0)))
 
 
 def gpt_oss(
@@ -24,7 +24,7 @@ def gpt_oss(
     context: int = 256,
     norm_eps: float = 1e-5,
     act: str = "quick_gelu",
-    limit: float | None = 7.0,
+    clamp: float | None = 7.0,
     rope: Rope = YARN,
     window: int | None = 64,
     sliding: tuple[bool, ...] = (True, False),
@@ -35,14 +35,14 @@ def gpt_oss(
     bias = (attention_bias, attention_bias)
     full = Attention(*heads(dim, n_heads, n_kv_heads, head_dim), rope, bias=bias, sinks=True)
     local = replace(full, window=window)
-    moe = Moe(n_experts, top_k, Mlp(hidden_dim, act, bias=True, limit=limit, up_offset=1.0), router_bias=True)
+    moe = Moe(n_experts, top_k, Mlp(hidden_dim, act, bias=True, clamp=clamp, up_offset=1.0), router_bias=True)
     return Spec(
         vocab,
         dim,
         n_layers,
         pattern=fold(Layer(local if slides else full, moe) for slides in spread(sliding, n_layers)),
         context=context,
-        norm=Norm(eps=norm_eps, gain="before"),
+        norm=Norm(eps=norm_eps, scale_in_fp32=True),
         tied=tied,
     )
 

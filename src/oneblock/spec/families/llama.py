@@ -9,7 +9,7 @@ from oneblock.spec.build import (
     BASE_2M,
     BASE_10K,
     BASE_500K,
-    NEIGHBOURS_500K,
+    INTERLEAVED_500K,
     Row,
     fold,
     gated_hidden_dim,
@@ -17,7 +17,7 @@ from oneblock.spec.build import (
     row,
     spread,
 )
-from oneblock.spec.parts import Attention, Layer, Llama3, Mlp, Moe, Norm, Rope, Spec
+from oneblock.spec.parts import Attention, Layer, Llama3Scaling, Mlp, Moe, Norm, Rope, Spec
 
 
 def llama(
@@ -94,7 +94,7 @@ def llama4(
     context: int = 256,
     norm_eps: float = 1e-5,
     act: str = "silu",
-    rope: Rope = NEIGHBOURS_500K,
+    rope: Rope = INTERLEAVED_500K,
     rope_layers: tuple[bool, ...] = (True, True, True, False),
     chunk: int | None = 64,
     chunked: tuple[bool, ...] | None = None,  # None: the layers with rotation
@@ -109,7 +109,7 @@ def llama4(
     turning = replace(plain, rope=rope, qk_norm="l2" if qk_norm else None)
     still = replace(plain, temperature_tuning=temperature_tuning)
     expert = Mlp(hidden_dim, act)
-    experts = Moe(n_experts, top_k, expert, "sigmoid", renormalize=False, weigh_input=True, shared=expert)
+    experts = Moe(n_experts, top_k, expert, "sigmoid", renormalize=False, scale_expert_input=True, shared=expert)
     dense = Mlp(dense_hidden_dim, act)
     kinds = zip(*(spread(k, n_layers) for k in (rope_layers, chunked or rope_layers, sparse)), strict=True)
     layers = [
@@ -153,9 +153,9 @@ def mllama(
     )
 
 
-LONG = Rope(500_000.0, scaling=Llama3(8.0, 1.0, 4.0, 8192))  # Llama 3.1, 3.3 and 3.2 Vision
-SMALL = Rope(500_000.0, scaling=Llama3(32.0, 1.0, 4.0, 8192))  # Llama 3.2 1B and 3B
-SCOUT = Rope(500_000.0, interleaved=True, scaling=Llama3(16.0, 1.0, 1.0, 8192))
+LONG = Rope(500_000.0, scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))  # Llama 3.1, 3.3 and 3.2 Vision
+SMALL = Rope(500_000.0, scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192))  # Llama 3.2 1B and 3B
+SCOUT = Rope(500_000.0, interleaved=True, scaling=Llama3Scaling(16.0, 1.0, 1.0, 8192))
 
 
 def _llama(title: str, dim: int, n_layers: int, n_heads: int, hidden_dim: int, **rest: Any) -> Row:

@@ -26,7 +26,7 @@ def olmo2(
     bias = (attention_bias, attention_bias)
     attn = Attention(*heads(dim, n_heads, n_kv_heads, head_dim), rope, bias=bias, qk_norm="full")
     mlp = Mlp(hidden_dim or gated_hidden_dim(dim), act)
-    norm = Norm(eps=norm_eps, gain="before")
+    norm = Norm(eps=norm_eps, scale_in_fp32=True)
     return Spec(vocab, dim, n_layers, pattern=(Layer(attn, mlp, "output"),), context=context, norm=norm, tied=tied)
 
 

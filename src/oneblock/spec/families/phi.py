@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oneblock.spec.build import BASE_10K, Row, gated_hidden_dim, heads, longrope_gain, row
+from oneblock.spec.build import BASE_10K, Row, gated_hidden_dim, heads, longrope_attention_factor, row
 from oneblock.spec.parts import Attention, Layer, LongRope, Mlp, Norm, Rope, Spec
 
 
@@ -66,7 +66,7 @@ def phi3(
 # The 48 divisors are placeholders (all 1): two tables were published for Phi-3-mini-128k, in April and in June 2024,
 # and which one a model has stands in its config.json. They change no count and no cost.
 ONES = (1.0,) * 48
-LONG = LongRope(short=ONES, long=ONES, context=4096, gain=longrope_gain(131072 / 4096, 4096))
+LONG = LongRope(ONES, ONES, 4096, attention_factor=longrope_attention_factor(131072 / 4096, 4096))
 
 
 def _phi(title: str, dim: int, n_layers: int) -> Row:  # both models rotate 32 dimensions

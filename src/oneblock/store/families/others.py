@@ -99,7 +99,7 @@ def read_gpt_oss(raw: Raw) -> Spec:
         hidden_dim=f.whole("intermediate_size"),
         n_experts=f.whole("num_local_experts", "num_experts"),
         top_k=f.whole("num_experts_per_tok"),
-        limit=f.number("swiglu_limit"),
+        clamp=f.number("swiglu_limit"),
         rope=read_rope(f, head_dim(common), theta=150_000.0),
         window=f.whole_or_none("sliding_window"),
         sliding=tuple(sliding),
@@ -109,7 +109,7 @@ def read_gpt_oss(raw: Raw) -> Spec:
 
 def write_gpt_oss(spec: Spec) -> Raw:
     attn, moe = spec.layers[0].attn, fields.some_moe(spec)
-    limit = {} if moe.expert.limit is None else {"swiglu_limit": moe.expert.limit}
+    limit = {} if moe.expert.clamp is None else {"swiglu_limit": moe.expert.clamp}
     return {
         **fields.sizes_written(spec),
         "hidden_act": "silu",

@@ -58,7 +58,7 @@ def read_phi3(raw: Raw) -> Spec:
 def write_phi3(spec: Spec) -> Raw:
     rope = spec.layers[0].attn.rope
     scaling = rope.scaling if rope else None
-    before = scaling.context if isinstance(scaling, LongRope) else spec.context
+    before = scaling.original_context if isinstance(scaling, LongRope) else spec.context
     return {**write_mistral(spec), "original_max_position_embeddings": before}
 
 

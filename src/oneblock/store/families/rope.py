@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from oneblock.errors import OneblockError
-from oneblock.spec import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
-from oneblock.spec.build import longrope_gain, yarn_gain
+from oneblock.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, RopeScaling, Yarn
+from oneblock.spec.build import longrope_attention_factor, yarn_attention_factor
 from oneblock.store.families.fields import Fields, Raw
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -51,7 +51,7 @@ def rope_from(
     return Rope(_number(raw, "rope_theta"), None if dim == head_dim else dim, interleaved, scaling)
 
 
-def _scaling(kind: str, f: Fields, raw: Raw, dim: int) -> Scaling | None:
+def _scaling(kind: str, f: Fields, raw: Raw, dim: int) -> RopeScaling | None:
     longest = f.whole("max_position_embeddings")
     context = f.raw.get("original_max_position_embeddings", f.defaults.get("original_max_position_embeddings"))
     context = context or raw.get("original_max_position_embeddings") or longest
@@ -59,12 +59,12 @@ def _scaling(kind: str, f: Fields, raw: Raw, dim: int) -> Scaling | None:
         raise OneblockError(f"original_max_position_embeddings is {context!r}, not a whole number above 0; mend it")
     match kind:
         case "linear":
-            return Linear(_number(raw, "factor"))
+            return LinearScaling(_number(raw, "factor"))
         case "dynamic":
-            return Dynamic(_number(raw, "factor"), longest)
+            return DynamicNTK(_number(raw, "factor"), longest)
         case "llama3":
             low, high = _number(raw, "low_freq_factor"), _number(raw, "high_freq_factor")
-            return Llama3(_number(raw, "factor"), low, high, context)
+            return Llama3Scaling(_number(raw, "factor"), low, high, context)
         case "yarn":
             return _yarn(raw, longest, context)
         case "longrope":
@@ -77,9 +77,11 @@ def _yarn(raw: Raw, longest: int, context: int) -> Yarn:
     if raw.get("attention_factor") is not None:
         gain = _number(raw, "attention_factor")
     elif raw.get("mscale") and raw.get("mscale_all_dim"):
-        gain = yarn_gain(factor, _number(raw, "mscale")) / yarn_gain(factor, _number(raw, "mscale_all_dim"))
+        gain = yarn_attention_factor(factor, _number(raw, "mscale")) / yarn_attention_factor(
+            factor, _number(raw, "mscale_all_dim")
+        )
     else:
-        gain = yarn_gain(factor)
+        gain = yarn_attention_factor(factor)
     beta_fast = _number(raw, "beta_fast") if raw.get("beta_fast") else 32.0
     beta_slow = _number(raw, "beta_slow") if raw.get("beta_slow") else 1.0
     return Yarn(factor, context, beta_fast, beta_slow, bool(raw.get("truncate", True)), gain)
@@ -94,7 +96,7 @@ def _longrope(raw: Raw, longest: int, context: int, dim: int) -> LongRope:
 
     factor = longest / context if raw.get("factor") is None else _number(raw, "factor")
     given = raw.get("attention_factor") is not None
-    gain = _number(raw, "attention_factor") if given else longrope_gain(factor, context)
+    gain = _number(raw, "attention_factor") if given else longrope_attention_factor(factor, context)
     return LongRope(factors("short_factor"), factors("long_factor"), context, gain)
 
 
@@ -114,11 +116,11 @@ def write_rope(rope: Rope | None, head_dim: int) -> Raw:
         part = rope.dim / head_dim
         raw["partial_rotary_factor"] = part if int(head_dim * part) == rope.dim else (rope.dim + 0.5) / head_dim
     match rope.scaling:
-        case Linear(factor):
+        case LinearScaling(factor):
             raw |= {"rope_type": "linear", "factor": factor}
-        case Dynamic(factor, _):  # its context is max_position_embeddings
+        case DynamicNTK(factor, _):  # its context is max_position_embeddings
             raw |= {"rope_type": "dynamic", "factor": factor}
-        case Llama3(factor, low, high, context):
+        case Llama3Scaling(factor, low, high, context):
             raw |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
             raw |= {"original_max_position_embeddings": context}
         case Yarn() as yarn:
@@ -128,8 +130,8 @@ def write_rope(rope: Rope | None, head_dim: int) -> Raw:
                 "beta_fast": yarn.beta_fast,
                 "beta_slow": yarn.beta_slow,
             }
-            raw |= {"truncate": yarn.truncate, "attention_factor": yarn.gain}
-            raw |= {"original_max_position_embeddings": yarn.context}
+            raw |= {"truncate": yarn.truncate, "attention_factor": yarn.attention_factor}
+            raw |= {"original_max_position_embeddings": yarn.original_context}
         case LongRope(short, long, context, gain):
             raw |= {"rope_type": "longrope", "short_factor": list(short), "long_factor": list(long)}
             raw |= {"attention_factor": gain, "original_max_position_embeddings": context}

@@ -119,5 +119,5 @@ def _place(name: str, slot: Slot, spec: Spec, arch: Arch) -> Place:
         heads = attn.n_heads
     if arch.pairs and ".attn_k." in name:
         heads = attn.n_kv_heads
-    offset = spec.norm.offset if name.endswith("norm.weight") else 0.0
+    offset = spec.norm.weight_offset if name.endswith("norm.weight") else 0.0
     return Place(slot.shape[::-1] if slot.transposed else slot.shape, slot.parts, heads, offset)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.model.rope import llama3
-from oneblock.spec import Dynamic, Linear, Llama3, LongRope, Rope, Spec, Yarn
-from oneblock.spec.build import longrope_gain, yarn_gain
+from oneblock.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Spec, Yarn
+from oneblock.spec.build import longrope_attention_factor, yarn_attention_factor
 from oneblock.store.families.fields import full_attention
 from oneblock.store.gguf.metadata import Metadata, brief, shortest
 from oneblock.store.gguf.names import FREQS, LONG, SHORT, Arch
@@ -65,7 +65,7 @@ def _longrope(said: Metadata, raw: Raw, found: Raw, factors: Mapping[str, Tensor
     before, longest = said.whole(BEFORE), raw["max_position_embeddings"]
     found |= {"rope_type": "longrope", "short_factor": _decimals(factors[SHORT])}
     found |= {"long_factor": _decimals(factors[LONG])}
-    gain, usual = said.number(GAIN, 1.0), longrope_gain(longest / before, before) if before > 1 else 1.0
+    gain, usual = said.number(GAIN, 1.0), longrope_attention_factor(longest / before, before) if before > 1 else 1.0
     if not math.isclose(gain, usual, rel_tol=1e-6):  # as long as it is the usual one, with all its digits
         found["attention_factor"] = gain
     return found, {"original_max_position_embeddings": before}
@@ -78,7 +78,7 @@ def _divided(said: Metadata, theta: float, dim: int, divisors: Tensor) -> Raw:
     numbers = [shortest(x) for x in own] if known else [float(divisors.max()), *PUBLISHED]
     factor, low, high, context = numbers
     if all(math.isfinite(x) and 0 < x < 1 << 24 for x in numbers) and theta > 0:
-        expected = divisors_of(theta, dim, Llama3(factor, low, high, int(context)))
+        expected = divisors_of(theta, dim, Llama3Scaling(factor, low, high, int(context)))
         if expected.shape == divisors.shape and torch.allclose(expected, divisors, rtol=1e-4):
             return {
                 "rope_type": "llama3",
@@ -91,10 +91,12 @@ def _divided(said: Metadata, theta: float, dim: int, divisors: Tensor) -> Raw:
     return {"rope_type": "longrope", "short_factor": both, "long_factor": both, "attention_factor": 1.0}
 
 
-def divisors_of(theta: float, dim: int, scaling: Llama3) -> Tensor:
+def divisors_of(theta: float, dim: int, scaling: Llama3Scaling) -> Tensor:
     """What each frequency is divided by: (dim / 2,)."""
     freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    return freqs / llama3(freqs, scaling.factor, scaling.low, scaling.high, scaling.context)
+    return freqs / llama3(
+        freqs, scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
+    )
 
 
 def _decimals(divisors: Tensor) -> list[float]:
@@ -119,21 +121,28 @@ def write(spec: Spec) -> tuple[Raw, dict[str, Tensor]]:
 
 def _written(rope: Rope, dim: int) -> tuple[Raw, dict[str, Tensor]]:
     match rope.scaling:
-        case Linear(factor):
+        case LinearScaling(factor):
             return {KIND: "linear", FACTOR: factor}, {}
-        case Yarn() as yarn if yarn.truncate and math.isclose(yarn.gain, yarn_gain(yarn.factor)):
-            more = {KIND: "yarn", FACTOR: yarn.factor, BEFORE: yarn.context}
+        case Yarn() as yarn if yarn.truncate and math.isclose(
+            yarn.attention_factor, yarn_attention_factor(yarn.factor)
+        ):
+            more = {KIND: "yarn", FACTOR: yarn.factor, BEFORE: yarn.original_context}
             return more | (
                 {FAST: yarn.beta_fast, SLOW: yarn.beta_slow} if (yarn.beta_fast, yarn.beta_slow) != (32.0, 1.0) else {}
             ), {}
-        case Llama3() as scaling:
-            numbers = [scaling.factor, scaling.low, scaling.high, float(scaling.context)]
+        case Llama3Scaling() as scaling:
+            numbers = [
+                scaling.factor,
+                scaling.low_freq_factor,
+                scaling.high_freq_factor,
+                float(scaling.original_context),
+            ]
             return {OURS: numbers}, {FREQS: divisors_of(rope.theta, dim, scaling)}
         case LongRope(short, long, _, gain) if short == long and gain == 1.0:
             return {}, {FREQS: torch.tensor(short)}
         case LongRope(short, long, context, gain):
             return {BEFORE: context, GAIN: gain}, {LONG: torch.tensor(long), SHORT: torch.tensor(short)}
-        case Yarn() | Dynamic():
+        case Yarn() | DynamicNTK():
             name = type(rope.scaling).__name__
             raise OneblockError(f"GGUF has no place for this {name} scaling of RoPE: this model cannot be exported")
     return {}, {}
