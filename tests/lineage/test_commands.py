@@ -146,7 +146,8 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "no file or folder" in refused(capsys, "diff", "gpt2", str(tmp_path / "config.json"))
     assert "choose from gpt1" in refused(capsys, "models", "--family", "gpt9")
     assert "unknown dtype" in refused(capsys, "compare", "gpt2", "--dtype", "int9")
-    assert "cannot write the picture" in refused(capsys, "compare", "gpt2", "--plot", str(tmp_path / "no" / "x.png"))
+    (tmp_path / "file").write_text("")
+    assert "could not be written" in refused(capsys, "compare", "gpt2", "--plot", str(tmp_path / "file" / "x.png"))
     assert "must be at least 1" in refused(capsys, "compare", "gpt2", "--context", "0")
     assert "--family" in refused(capsys, "models", "--famly", "llama")
 

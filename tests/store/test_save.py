@@ -17,8 +17,7 @@ import transformers
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES, Attention, Layer, Mlp, Positions, Rope, Spec
-from oneblock.store import Checkpoint, load_model, replacing, save_model
-from oneblock.store.folder import exchange
+from oneblock.store import Checkpoint, load_model, replace_model_folder, save_model
 from oneblock.store.save import write_model
 
 TINY = FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden_dim=8)
@@ -146,7 +145,7 @@ def test_folders_above_are_made_and_links_followed(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_models_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "home" / "pictures").mkdir(parents=True)
-    with pytest.raises(OneblockError, match="holds folders and is not a model's; choose a new folder"):
+    with pytest.raises(OneblockError, match=r"holds folders and no config\.json"):
         save_model(tmp_path / "home", random_model(TINY))
     (tmp_path / "file").write_text("")
     with pytest.raises(OneblockError, match="is a file; choose a folder"):
@@ -156,12 +155,12 @@ def test_folders_that_are_no_models_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_model_and_what_belongs_to_it_change_together(old: Path) -> None:
     before = files(old)
-    with pytest.raises(RuntimeError, match="tokenizer"), replacing(old) as new:
+    with pytest.raises(RuntimeError, match="tokenizer"), replace_model_folder(old) as new:
         write_model(new, random_model(TINY, seed=1))
         (new / "tokenizer.json").write_text("half")
         raise RuntimeError("no tokenizer")
     assert files(old) == before
-    with replacing(old) as new:
+    with replace_model_folder(old) as new:
         write_model(new, random_model(TINY, seed=1))
         (new / "tokenizer.json").write_text("whole")
     assert (old / "tokenizer.json").read_text() == "whole"
@@ -170,13 +169,13 @@ def test_a_model_and_what_belongs_to_it_change_together(old: Path) -> None:
 
 def test_the_exchange_without_the_systems_help(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where renameat2 is missing two renames do it."""
-    import oneblock.store.folder as folder
+    from oneblock import files as module
 
-    monkeypatch.setattr(folder, "_exchange_at_once", lambda a, b: False)
+    monkeypatch.setattr(module, "_rename_exchange", lambda a, b: False)
     new = old.with_name("new")
     new.mkdir()
     (new / "x").write_text("x")
-    exchange(new, old)
+    module.exchange_folders(new, old)
     assert set(files(old)) == {"x"}
     assert "tokenizer.json" in files(new)
     assert sorted(path.name for path in old.parent.iterdir()) == ["model", "new"]
@@ -209,7 +208,7 @@ def test_a_write_that_the_system_refuses_leaves_the_old_folder(old: Path, limit:
     run = subprocess.run([sys.executable, "-c", SAVE, str(old), str(limit)], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     assert run.stdout.count("\n") == 1
-    assert f"{old}: could not be saved (File too large); make room or choose another folder" in run.stdout
+    assert f"{old}: could not be written (File too large); free disk space or choose another path" in run.stdout
     assert files(old) == before
     assert [path.name for path in old.parent.iterdir()] == ["model"]
     run = subprocess.run([sys.executable, "-c", SAVE, str(old), str(10**6)], capture_output=True, text=True)
@@ -236,14 +235,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_old_folder(small_disk: Path) -> None:
     save_model(small_disk / "model", random_model(TINY))
     before = files(small_disk)
-    with pytest.raises(OneblockError, match=r"could not be saved \(No space left on device\)"):
+    with pytest.raises(OneblockError, match=r"could not be written \(No space left on device\)"):
         save_model(small_disk / "model", random_model(FAMILIES["llama"]()))
     assert files(small_disk) == before
     assert load_model(small_disk / "model").spec == TINY
 
 
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
-    with pytest.raises(OneblockError, match="could not be saved"):
+    with pytest.raises(OneblockError, match="could not be written"):
         save_model("/proc/nothing/model", random_model(TINY))
 
 

@@ -137,7 +137,7 @@ def test_an_error_in_the_background_is_told_at_the_next_call(tmp_path: Path) -> 
     (tmp_path / "run").write_text("a file in its place")
     saver = Saver(tmp_path / "run", byte_level(), "text", 2, background=True)
     saver.save(begin(Optimizer()))
-    with pytest.raises(OneblockError, match="could not be saved"):
+    with pytest.raises(OneblockError, match="could not be written"):
         saver.wait()
     saver.wait()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,8 +19,8 @@ from oneblock.data.shards import TOKENIZER, dtype_for, fingerprint
 from oneblock.data.sources import HUB, Document, Reading, documents
 from oneblock.data.text import pieces
 from oneblock.errors import OneblockError
+from oneblock.files import write_file
 from oneblock.store import manifest
-from oneblock.store.folder import flush_folder
 from oneblock.text import Tokenizer
 
 PROGRESS = "progress.json"
@@ -63,7 +62,7 @@ class ShardWriter:
         ends = np.cumsum([len(x) for x in self.ids]).astype("<u8")
         whole = np.concatenate(self.ids)
         for suffix, array in ((".bin", whole.astype(whole.dtype.newbyteorder("<"))), (".ends", ends)):
-            put(self.folder / f"{name}{suffix}", array.tobytes())
+            write_file(self.folder / f"{name}{suffix}", array.tobytes())
         self.shards, self.tokens, self.documents = self.shards + 1, self.tokens + len(whole), self.documents + len(ends)
         self.ids, self.waiting = [], 0
 
@@ -176,21 +175,10 @@ def work(texts: list[str]) -> list[Any]:
 # ------------------------------------------------------------------ on the disk
 
 
-def put(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it, and move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
 def record(plan: Plan, out: Path, sides: list[ShardWriter], seen: int) -> None:
     """Where to go on, should the job be killed."""
     state = [[side.shards, side.tokens, side.documents] for side in sides]
-    put(out / PROGRESS, json.dumps({"plan": asdict(plan), "done": seen, "sides": state}).encode())
+    write_file(out / PROGRESS, json.dumps({"plan": asdict(plan), "done": seen, "sides": state}))
 
 
 def begin(plan: Plan, out: Path, sides: list[ShardWriter]) -> int:
@@ -222,5 +210,4 @@ def finish(sides: list[ShardWriter], tokenizer: Tokenizer, dtype: str, out: Path
         about = {"dtype": dtype, "vocab": tokenizer.vocab_size, "tokens": side.tokens, "documents": side.documents}
         sums = manifest.sums_of(side.folder, names)
         text = manifest.text_of(sums, {**about, "tokenizer": fingerprint(side.folder)})
-        put(side.folder / manifest.MANIFEST, text.encode())
-        flush_folder(side.folder)
+        write_file(side.folder / manifest.MANIFEST, text)

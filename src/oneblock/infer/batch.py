@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oneblock.config import nearest
 from oneblock.errors import OneblockError
+from oneblock.files import report_write_errors
 from oneblock.infer.cache import item_bytes
 from oneblock.infer.generate import Request, Sequences, check, remaining_tokens
 from oneblock.infer.llm import LLM, OPTIONS
@@ -254,6 +255,8 @@ def _checked(own: dict[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ the output
 
+RERUN = "free disk space and run the same command again: finished replies are kept"
+
 
 class Output:
     """The file of replies. What a killed run has left of a last line is dropped; whole lines are kept."""
@@ -297,15 +300,19 @@ class Output:
 
     def write(self, result: Result) -> None:
         """One whole line, out of this process when it returns."""
-        self._file.write(result.json().encode())
-        self._file.flush()
+        with report_write_errors(self.path, RERUN):
+            self._file.write(result.json().encode())
+            self._file.flush()
         self.done.add(result.id)
 
     def close(self) -> None:
-        """On the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Flush to the disk and close."""
+        with report_write_errors(self.path, RERUN):
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from tyro.conf import Positional
 
 from oneblock.errors import OneblockError
+from oneblock.files import write_file
 
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
@@ -301,9 +302,9 @@ def save(conversation: Conversation, path: str, screen: Console) -> None:
         screen.print("say where to: /save FILE", markup=False)
         return
     try:
-        Path(path).expanduser().write_text(json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        screen.print(f"could not write {path}: {error.strerror}", markup=False)
+        write_file(path, json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n")
+    except OneblockError as error:
+        screen.print(str(error), markup=False)
         return
     screen.print(f"{len(conversation.messages)} messages written to {path}", markup=False)
 

@@ -315,7 +315,7 @@ class LLM:
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: configuration, weights, tokenizer; the old one stays until the new is whole."""
-        with store.replacing(folder) as new:
+        with store.replace_model_folder(folder) as new:
             if bits := bits_of(self.model):
                 write_quantized(new, self.model, bits, self.config, self.generation)
             else:

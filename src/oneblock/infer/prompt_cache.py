@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from oneblock.errors import OneblockError
+from oneblock.files import replace_file
 from oneblock.infer.cache import Held
 from oneblock.infer.generate import Sequences
 from oneblock.model import Decoder
-from oneblock.store.folder import replacing_file
+from oneblock.store.save import write_tensors
 
 
 def fingerprint(model: Decoder, coded: bool) -> str:
@@ -32,11 +32,8 @@ def keep(path: Path, texts: Sequences) -> None:
     for layer, pair in zip(cache.stored_layers, cache.columns(), strict=True):
         for name, parts in zip(("keys", "values"), pair, strict=True):
             held |= {f"{name}.{layer}.{i}": x for i, x in enumerate(parts)}
-    with replacing_file(path) as new:
-        try:
-            save_file(held, new, {"model": fingerprint(texts.model, cache.coded)})
-        except SafetensorError as e:  # what it makes of a full disk
-            raise OSError(str(e)) from None
+    with replace_file(path) as new:
+        write_tensors(new, held, {"model": fingerprint(texts.model, cache.coded)})
 
 
 def take(path: Path, texts: Sequences) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from oneblock.errors import OneblockError
+from oneblock.files import replace_file, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,9 +94,8 @@ def report(options: QuantizeOptions) -> None:
     if options.text is None:
         raise OneblockError("--report needs a text to read: --text FILE")
     found = compared(options, options.text)
-    options.out.mkdir(parents=True, exist_ok=True)
     lines = jsonlib.dumps([asdict(q) for q in found], indent=1)
-    (options.out / "quantize.json").write_text(lines + "\n", encoding="utf-8")
+    write_file(options.out / "quantize.json", lines + "\n")
     plot(found, options.out / "quantize.png")
     print(lines if options.json else table(found))
 
@@ -145,4 +145,5 @@ def plot(found: list[Quality], path: Path) -> None:
     left.set(xlabel="MB", ylabel="KL divergence to bf16, nats", ylim=(0, None))
     right.set(xlabel="tokens/s, one text", ylabel="perplexity, bf16 = 1")
     left.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as new:
+        figure.savefig(new, dpi=120, format="png")

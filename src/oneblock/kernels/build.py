@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from oneblock.errors import OneblockError
+from oneblock.files import replace_file
 from oneblock.kernels.compiler import compiler, kept
 
 SOURCE = Path(__file__).parent / "cpp" / "operators.cpp"
@@ -53,10 +55,12 @@ def missing() -> str:
         return f"this processor has no {lacking[0]}"
     if cached().exists():
         return ""
+    if shutil.which(compiler()) is None:
+        return f"there is no C++ compiler ({compiler()})"
     try:
         compile_to(cached())
-    except FileNotFoundError:
-        return f"there is no C++ compiler ({compiler()})"
+    except OneblockError as e:
+        return str(e)
     except (OSError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return f"{compiler()} failed: {said[0] if said else e}"
@@ -82,14 +86,11 @@ def cached() -> Path:
 
 
 def compile_to(path: Path) -> None:
-    """Written aside and renamed: several processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Compile the operators into a shared library at `path`; several processes may do so at once."""
     root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        new = Path(aside) / path.name
+    with replace_file(path) as new:
         paths = (f"-I{root / 'include'}", str(SOURCE), "-o", str(new), f"-L{root / 'lib'}", "-ltorch_cpu")
         subprocess.run([compiler(), *FLAGS, *paths], check=True, capture_output=True, timeout=SECONDS)
-        os.replace(new, path)
 
 
 def register_shapes() -> None:

@@ -11,6 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from oneblock.errors import OneblockError
+from oneblock.files import replace_file
 from oneblock.lineage.table import count, size, work
 from oneblock.plan import GPUS, cache, memory, params
 
@@ -34,9 +35,10 @@ def draw(costs: list[Costs], path: Path) -> None:
     _work(axes[1, 0], costs)
     _memory(axes[1, 1], costs)
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as e:
-        raise OneblockError(f"cannot write the picture {path}: {e}") from None
+        with replace_file(path) as new:
+            figure.savefig(new, dpi=150, format=path.suffix[1:] or "png")
+    except ValueError as e:  # an unknown format
+        raise OneblockError(f"{path}: {e}") from None
 
 
 def _bare(ax: Axes, title: str, pad: float = 6) -> None:

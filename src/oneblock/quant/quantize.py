@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oneblock.errors import OneblockError
@@ -20,7 +19,7 @@ from oneblock.quant.formats import quantize_float8, quantize_int4, quantize_int8
 from oneblock.quant.linear import Float8Linear, QuantizedLinear
 from oneblock.store.config import QUANTIZED, read_config, write_config
 from oneblock.store.load import SINGLE, Checkpoint, as_dtype, on_meta, put, read_generation
-from oneblock.store.save import write_settings
+from oneblock.store.save import write_settings, write_tensors
 
 EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
 
@@ -163,7 +162,7 @@ def write_quantized(
     generation: dict[str, Any] | None = None,
 ) -> None:
     """The settings; and the weights, codes and scales under the model's own names."""
-    save_file({name: x.contiguous() for name, x in tensors(model)}, folder / SINGLE, {"format": "oneblock"})
+    write_tensors(folder / SINGLE, {name: x.contiguous() for name, x in tensors(model)}, {"format": "oneblock"})
     said = {"quantization_config": {"quant_method": QUANTIZED, **asdict(bits)}}
     write_settings(folder, model, {**(config or write_config(model.spec)), **said}, generation)
 

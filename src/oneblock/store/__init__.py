@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oneblock.store.config import read_config, write_config
-    from oneblock.store.folder import replacing
     from oneblock.store.hub import resolve
     from oneblock.store.load import Checkpoint, load_model
-    from oneblock.store.save import save_model
+    from oneblock.store.save import replace_model_folder, save_model
 
-__all__ = ["Checkpoint", "load_model", "read_config", "replacing", "resolve", "save_model", "write_config"]
+__all__ = ["Checkpoint", "load_model", "read_config", "replace_model_folder", "resolve", "save_model", "write_config"]
 
 _HOMES = {
     "Checkpoint": "load",
     "load_model": "load",
     "read_config": "config",
-    "replacing": "folder",
+    "replace_model_folder": "save",
     "resolve": "hub",
     "save_model": "save",
     "write_config": "config",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oneblock.errors import OneblockError
+from oneblock.files import write_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -41,7 +42,7 @@ def _dump(body: dict[str, Any]) -> bytes:
 
 def write(folder: Path, files: Sums, **about: Any) -> None:
     """`about`: what else it says of the folder."""
-    (folder / MANIFEST).write_text(text_of(files, about), encoding="utf-8")
+    write_file(folder / MANIFEST, text_of(files, about))
 
 
 def read(folder: Path) -> dict[str, Any]:

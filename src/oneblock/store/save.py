@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from oneblock.errors import OneblockError
+from oneblock.files import replace_folder
 from oneblock.model import Decoder
-from oneblock.store.config import CONFIG, family_of, write_config
-from oneblock.store.folder import replacing
+from oneblock.store.config import CONFIG, family_of, read_json, write_config
 from oneblock.store.header import SIZES, build_header
 from oneblock.store.load import GENERATION, INDEX, SINGLE, Checkpoint, head_name, on_meta, parameter_shapes
+from oneblock.store.manifest import MANIFEST
 from oneblock.store.name_tables import Family, Layout, Slot, Slots, disk_names, slots
 from oneblock.store.tensors import CODES, chunks
 
@@ -37,8 +41,33 @@ def save_model(
     A `Checkpoint` is saved as it was loaded: its configuration, its names, its tied head if that was stored. Without
     a configuration one is made from the spec. Other files of the folder stay. OneblockError where the disk is full.
     """
-    with replacing(folder) as new:
+    with replace_model_folder(folder) as new:
         write_model(new, model, config, generation, layout=layout, max_shard_size=max_shard_size)
+
+
+@contextmanager
+def replace_model_folder(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder that replaces `folder` at the end; files that are not of the old model are carried over."""
+    target = Path(folder).expanduser()
+    if (target / MANIFEST).exists():
+        raise OneblockError(
+            f"{folder}: is a training checkpoint or prepared data, whose {MANIFEST} would no longer match; "
+            f"choose another folder"
+        )
+    if target.is_dir() and not (target / CONFIG).exists() and any(path.is_dir() for path in target.iterdir()):
+        raise OneblockError(f"{folder}: holds folders and no {CONFIG}, so it is not a model's; choose a new folder")
+    with replace_folder(target, _model_files) as new:
+        yield new
+
+
+def _model_files(folder: Path) -> set[str]:
+    """The files of the model in a folder: its configuration, and the weights that it or its index names."""
+    names = {CONFIG, GENERATION, SINGLE, INDEX}
+    if (folder / INDEX).exists():
+        with suppress(OneblockError):  # a damaged index names no files
+            weight_map = read_json(folder / INDEX).get("weight_map")
+            names |= {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return names
 
 
 def write_model(
@@ -50,7 +79,7 @@ def write_model(
     layout: Layout | None = None,
     max_shard_size: int = SHARD,
 ) -> None:
-    """Write a model's files into an existing folder: for use inside `replacing`, beside a tokenizer's."""
+    """Write a model's files into an existing folder: for use inside `replace_model_folder`."""
     if isinstance(model, Checkpoint):
         config = model.config if config is None else config
         generation = model.generation if generation is None else generation
@@ -151,6 +180,14 @@ def write_file(path: Path, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
                 file.write(chunk.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. The library's error of a full disk becomes an OSError."""
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def _dtype(slot: Slot, tensors: Mapping[str, Tensor]) -> torch.dtype:

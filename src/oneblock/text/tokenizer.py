@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from oneblock.errors import OneblockError
+from oneblock.files import write_files
 from oneblock.text import files
 from oneblock.text.stream import Detokenizer, Pieces
 
@@ -69,18 +70,15 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """tokenizer.json, tokenizer_config.json and the chat template, as Hugging Face folders have them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.definition(), encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
         config.pop("chat_template", None)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        contents = {"tokenizer.json": self.definition()}
+        contents["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
+            contents["chat_template.jinja"] = self.chat_template
         if self.tool_template is not None:
-            (folder / files.TOOL_TEMPLATE).parent.mkdir(exist_ok=True)
-            (folder / files.TOOL_TEMPLATE).write_text(self.tool_template, encoding="utf-8", newline="")
+            contents[files.TOOL_TEMPLATE] = self.tool_template
+        write_files(folder, contents)
 
     def definition(self) -> str:
         """tokenizer.json, as it is saved."""

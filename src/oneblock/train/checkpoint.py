@@ -24,16 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from oneblock.errors import OneblockError
+from oneblock.files import exchange_folders, fsync_folder, fsync_tree, report_write_errors
 from oneblock.parallel.pipeline import RemoteParameter
 from oneblock.store import load_model, manifest
-from oneblock.store.folder import exchange, flush, flush_folder
 from oneblock.store.manifest import verify
-from oneblock.store.save import model_files, write_config_files, write_file
+from oneblock.store.save import model_files, write_config_files, write_file, write_tensors
 from oneblock.text import Tokenizer
 from oneblock.train.loop import State
 
@@ -105,14 +104,10 @@ class Saver:
         folder = self.run / name_of(progress.step)
         new = self.run / f".{folder.name}.new"
         try:
-            self._together(lambda: self._empty(new) if self.rank == 0 else None)
-            self._together(lambda: self._write_share(new, share, progress))
-            self._together(lambda: self._finish(new, folder) if self.rank == 0 else None)
-        except OSError as error:
-            raise OneblockError(
-                f"{folder}: could not be saved ({error.strerror or error}); make room or choose another folder "
-                f"(what was there before is unchanged)"
-            ) from error
+            with report_write_errors(folder):
+                self._together(lambda: self._empty(new) if self.rank == 0 else None)
+                self._together(lambda: self._write_share(new, share, progress))
+                self._together(lambda: self._finish(new, folder) if self.rank == 0 else None)
         finally:
             if self.rank == 0:
                 shutil.rmtree(new, ignore_errors=True)
@@ -153,9 +148,9 @@ class Saver:
             sums |= json.loads(path.read_text())
             path.unlink()
         manifest.write(new, sums)
-        flush(new)
-        exchange(new, folder)
-        flush_folder(self.run)
+        fsync_tree(new)
+        exchange_folders(new, folder)
+        fsync_folder(self.run)
         verify(folder)
         point(self.run / LATEST, folder.name)
         for old in [path for path in saved(self.run) if path != folder][self.keep - 1 :]:
@@ -195,10 +190,7 @@ class Share:
             write_file(folder / name, slots, self.weights)
         if self.first:
             write_config_files(folder, self.model, self.files)
-        try:
-            save_file(self.optimizer, folder / self.optimizer_file)
-        except SafetensorError as e:  # what it makes of a full disk
-            raise OSError(str(e)) from None
+        write_tensors(folder / self.optimizer_file, self.optimizer)
         return [*self.mine, self.optimizer_file]
 
 
@@ -244,7 +236,7 @@ def point(link: Path, target: str) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(target)
     os.replace(new, link)
-    flush_folder(link.parent)
+    fsync_folder(link.parent)
 
 
 # ------------------------------------------------------------------ going on

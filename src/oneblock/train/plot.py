@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oneblock.errors import OneblockError
+from oneblock.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,10 +249,6 @@ def plain(axes: Axes) -> None:
 
 
 def write(figure: Figure, path: Path) -> None:
-    """Written aside first: who looks meanwhile sees the picture before."""
-    new = path.with_name(f".{path.name}.new")
-    try:
+    """Write the figure as PNG."""
+    with replace_file(path) as new:
         figure.savefig(new, format="png")
-        new.replace(path)
-    except OSError as e:
-        raise OneblockError(f"cannot write the picture {path}: {e.strerror}") from None

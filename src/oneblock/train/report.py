@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from oneblock.errors import OneblockError
+from oneblock.files import write_file
 from oneblock.plan import params
 from oneblock.train.options import Train
 from oneblock.train.preflight import gpu_of, rate
@@ -25,12 +25,7 @@ REPORT = "report.md"
 def write(session: Trainer, sample: str | None) -> None:
     """`sample`: what the model writes at the end; None where the run was stopped before."""
     text = "\n".join(page(session, sample)) + "\n"
-    new = session.run / f".{REPORT}.new"
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(session.run / REPORT)
-    except OSError as e:
-        raise OneblockError(f"cannot write {session.run / REPORT}: {e.strerror}") from None
+    write_file(session.run / REPORT, text)
 
 
 def page(session: Trainer, sample: str | None) -> Iterator[str]:

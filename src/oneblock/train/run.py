@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 from oneblock.config import load_toml, to_toml
 from oneblock.errors import OneblockError
+from oneblock.files import write_file
 from oneblock.train.options import Train
 from oneblock.train.plot import Row, draw, draw_all, smoothed
 
@@ -54,7 +54,7 @@ def record(run: Path, options: Train) -> None:
         val=tuple(path.absolute() for path in options.val),
         **{"out": None, "resume": None, "config": None, "dry_run": False},
     )
-    (run / CONFIG).write_text(to_toml(kept), encoding="utf-8")
+    write_file(run / CONFIG, to_toml(kept))
 
 
 def recorded(run: Path) -> Train:
@@ -86,9 +86,7 @@ class Log:
         self.rows = [row for row in read(self.path) if row["step"] <= step]
         if silent:
             return
-        new = self.path.with_name(f".{METRICS}.new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(new, self.path)
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> Row:
         """Write a line, and what was written: what is no number is left out, since JSON has none."""

@@ -22,7 +22,7 @@ from oneblock.model import Decoder, init_weights
 from oneblock.parallel import parallelize
 from oneblock.parallel.world import World
 from oneblock.plan import flops, params
-from oneblock.store import replacing
+from oneblock.store import replace_model_folder
 from oneblock.store.save import write_model
 from oneblock.train import checkpoint, report
 from oneblock.train.build import learner_for
@@ -277,7 +277,7 @@ class Trainer:
         """What a run leaves beside its checkpoints: pictures, a report, and the averaged model where there is one."""
         state, watch = self.state, self.options.watch
         if finished and state.ema is not None and self.world.first and self.world.whole:
-            with averaged(state), replacing(self.run / "ema") as new:
+            with averaged(state), replace_model_folder(self.run / "ema") as new:
                 write_model(new, state.model)
                 self.job.tokenizer.save(new)
         sample = self.sample(watch.prompt, watch.sample_tokens) if finished else None

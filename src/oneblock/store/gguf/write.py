@@ -12,8 +12,8 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFValueType, GGUFWr
 from torch import Tensor
 
 from oneblock.errors import OneblockError
+from oneblock.files import replace_file
 from oneblock.model import Decoder
-from oneblock.store.folder import replacing_file
 from oneblock.store.gguf.blocks import PLAIN, WRITTEN, encode, fits, size
 from oneblock.store.gguf.config import write_settings
 from oneblock.store.gguf.names import Place, places
@@ -49,7 +49,7 @@ def save_gguf(
     settings |= {"general.name": name or path.stem, "general.type": "model", "general.file_type": int(FILE_TYPES[kind])}
     settings |= {"general.quantization_version": GGML_QUANT_VERSION}
     settings |= write_tokenizer(tokenizer, model.spec.vocab)
-    with replacing_file(path) as new:
+    with replace_file(path) as new:
         writer = GGUFWriter(new, arch)
         try:
             _write_header(writer, settings, found, factors, kind)
