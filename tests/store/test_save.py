@@ -135,6 +135,29 @@ def test_other_files_come_along_and_stale_ones_do_not(old: Path) -> None:
     assert [path.name for path in old.parent.iterdir()] == ["model"]
 
 
+def test_safetensors_of_others_are_kept(old: Path) -> None:
+    """Only the weights that the old index (or model.safetensors) names belong to the old model."""
+    for max_shard_size in (700, 5_000_000):
+        for name in ("adapter_model.safetensors", "embeddings.safetensors", "other.safetensors.index.json"):
+            (old / name).write_bytes(b"foreign")
+        save_model(old, random_model(TINY, seed=1), max_shard_size=max_shard_size)
+        assert (old / "adapter_model.safetensors").read_bytes() == b"foreign"
+        assert (old / "embeddings.safetensors").read_bytes() == b"foreign"
+        assert (old / "other.safetensors.index.json").read_bytes() == b"foreign"
+    assert not list(old.glob("model-*"))
+    (old / "model.safetensors.index.json").write_text("damaged")
+    save_model(old, random_model(TINY, seed=2))
+    assert load_model(old).spec == TINY
+
+
+def test_a_training_checkpoint_is_not_overwritten(old: Path) -> None:
+    (old / "manifest.json").write_text("{}")
+    before = files(old)
+    with pytest.raises(OneblockError, match=r"is a training checkpoint .* manifest\.json would no longer match"):
+        save_model(old, random_model(TINY, seed=1))
+    assert files(old) == before
+
+
 def test_folders_above_are_made_and_links_followed(tmp_path: Path) -> None:
     save_model(tmp_path / "a" / "b", random_model(TINY))
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
