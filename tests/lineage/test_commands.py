@@ -10,8 +10,7 @@ from rich.console import Console
 
 from oneblock.cli import main
 from oneblock.lineage import spec_of, table
-from oneblock.lineage.commands import Compare, cost
-from oneblock.lineage.table import count, duration, money, ratio, size, work
+from oneblock.lineage.commands import Compare, compute_costs
 from oneblock.spec import MODELS, spec
 
 LLAMA = {
@@ -72,9 +71,9 @@ def test_models_as_a_table(capsys: pytest.CaptureFixture[str]):
 
 def test_a_narrow_screen_shows_fewer_columns(capsys: pytest.CaptureFixture[str]):
     shown = [table.model_row(m, spec(m.name)) for m in MODELS.values()]
-    assert len(table.models(shown, 200).columns) == len(table.COLUMNS)
+    assert len(table.models_table(shown, 200).columns) == len(table.COLUMNS)
     narrow = Console(width=60)
-    narrow.print(table.models(shown, 60))
+    narrow.print(table.models_table(shown, 60))
     assert "107,769,861,120" in capsys.readouterr().out
 
 
@@ -90,8 +89,8 @@ def test_compare_gpt2_with_llama_3(capsys: pytest.CaptureFixture[str]):
 
 
 def test_compare_as_a_table(capsys: pytest.CaptureFixture[str]):
-    out = run(capsys, "compare", "gpt2", "mixtral-8x7b", "--batch", "4", "--gpus", "16", "--gpu", "a100")
-    for words in ("375x", "12.9 B", "4 such texts", "16 x A100 at 40%", "gpt2 was made for 1,024 tokens"):
+    out = run(capsys, "compare", "gpt2", "mixtral-8x7b", "--batch-size", "4", "--gpus", "16", "--gpu", "a100")
+    for words in ("375x", "12.9 B", "4 x 8,192 tokens", "16 x A100 at 40% MFU", "gpt2 has a context of 1,024 tokens"):
         assert words in out
 
 
@@ -101,16 +100,16 @@ def test_options_reach_the_figures(capsys: pytest.CaptureFixture[str]):
     assert other["serving"]["weights"] == 2 * base["serving"]["weights"]
     assert other["run"]["dollars"] == pytest.approx(2 * base["run"]["dollars"])
     assert other["run"]["seconds"] == pytest.approx(8 * base["run"]["seconds"])
-    (image,) = rows(capsys, "compare", "llama-3.2-11b-vision", "--image", "6404", "--tokens", "1e9")
+    (image,) = rows(capsys, "compare", "llama-3.2-11b-vision", "--image-tokens", "6404", "--tokens", "1e9")
     assert image["run"]["tokens"] == 1e9
     assert image["kv_bytes"] == 8192 * 131072 + 8 * 4096 * 6404
 
 
 def test_a_narrow_screen_shows_several_tables():
     options = Compare(("gpt2", "llama-3-8b", "gemma-3-27b", "gpt-oss-20b"))
-    costs = [cost(name, options) for name in options.names]
-    assert len(table.comparisons(costs, "8 x H100", 0.4, 200)) == 1
-    narrow = table.comparisons(costs, "8 x H100", 0.4, 80)
+    costs = [compute_costs(name, options) for name in options.names]
+    assert len(table.comparison_tables(costs, "8 x H100", 0.4, 200)) == 1
+    narrow = table.comparison_tables(costs, "8 x H100", 0.4, 80)
     assert len(narrow) == 3
     for each, name in zip(narrow, options.names[1:], strict=True):
         out = io.StringIO()
@@ -152,11 +151,24 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "--family" in refused(capsys, "models", "--famly", "llama")
 
 
-def test_numbers_in_a_few_characters():
-    assert count(8_030_261_248) == "8.03 B"
-    assert count(999) == "999" and count(999_600) == "1 M"
-    assert size(42_949_672_960) == "42.9 GB"
-    assert work(3.14e23) == "314 ZFLOP"
-    assert ratio(64.53, 1) == "64.5x" and ratio(0, 1) == "" and ratio(2, 0) == "new" and ratio(30264.2, 1) == "30,264x"
-    assert duration(45) == "45 seconds" and duration(5400) == "1.5 hours" and duration(86400 * 30) == "30 days"
-    assert money(5.217) == "$5.22" and money(14510.7) == "$14,511"
+def test_a_family_says_that_its_sizes_are_not_published(capsys: pytest.CaptureFixture[str]):
+    out = run(capsys, "compare", "gpt3", "llama")
+    assert "gpt3 is a family at its small default size" in out and "gpt3-small" in out
+    assert "llama is a family at its small default size" in out
+    assert "family" not in run(capsys, "compare", "gpt3-small")
+
+
+def test_a_piped_table_is_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(capsys, "models")
+    assert "…" not in out and "402,000" not in out
+    assert all(column in out for column in table.COLUMNS)
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 100, 120])
+def test_a_narrow_terminal_leaves_out_whole_columns_and_says_so(width: int):
+    listed = [table.model_row(m, spec(m.name)) for m in MODELS.values()]
+    out = io.StringIO()
+    Console(width=width, file=out).print(table.models_table(listed, width))
+    assert "…" not in out.getvalue()
+    assert "Too narrow for" in " ".join(out.getvalue().split())

@@ -89,9 +89,9 @@ def test_ranks_that_share_a_model_hold_less():
     assert shared(fsdp=8).states == alone.states // 8
     assert shared(cp=4).states == alone.states
     assert shared(cp=4).activations == alone.activations // 4
-    blocks = alone.weights - memory.gathered_at_ends(llama)
+    blocks = alone.weights - memory.gathered_outside_blocks(llama)
     norms = 4 * 2 * llama.dim * llama.n_layers
-    assert shared(tp=4).weights == memory.gathered_at_ends(llama) + norms + (blocks - norms) // 4
+    assert shared(tp=4).weights == memory.gathered_outside_blocks(llama) + norms + (blocks - norms) // 4
     assert shared(tp=4).activations < 0.5 * alone.activations
     mixtral = spec("mixtral-8x7b")
     experts = mixtral.n_layers * 8 * params.mlp(mixtral.layers[0].mlp.expert, mixtral.dim)

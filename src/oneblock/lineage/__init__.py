@@ -1,4 +1,4 @@
-"""The commands that look at architectures and what they cost: models, compare, diff."""
+"""The commands that inspect architectures and their cost: models, compare, diff."""
 
 from oneblock.lineage.commands import compare, diff, models, spec_of
 

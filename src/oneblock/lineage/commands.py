@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import Positional
 
+from oneblock.config import Range
 from oneblock.errors import OneblockError
 from oneblock.lineage import table
-from oneblock.plan import Plan, Run, plan, train_run
-from oneblock.plan import describe as plain
+from oneblock.plan import Plan, Run, describe, plan, train_run
 from oneblock.spec import FAMILIES, MODELS, Spec, spec
 
 
 @dataclass(frozen=True)
 class Models:
-    family: str | None = None  # only this family's: llama, gemma3, ..
-    json: bool = False  # print rows as JSON
+    """List published models with exact parameter counts; a model with images shows its text decoder."""
+
+    family: str | None = None  # only models of this family: llama, gemma3, ..
+    json: bool = False  # print the rows as JSON
 
 
 @dataclass(frozen=True)
 class Compare:
-    names: Positional[tuple[str, ...]]  # models, families, or config.json files (or their folders)
-    context: int = 8192  # tokens in each text
-    batch: int = 1  # texts at once
-    dtype: str = "bfloat16"  # of the weights: float32, bfloat16, float16, float8, int8, int4
-    image: int = 0  # tokens of an image, for models that look at one
-    tokens: float | None = None  # to train on; without it: 20 for each parameter
-    gpu: str = "h100"  # t4, l4, rtx-4090, l40s, a100, h100, h200, b200, mi300x
-    gpus: int = 8
-    utilisation: float = 0.4  # share of the GPUs' peak that training reaches
-    price: float | None = None  # dollars per GPU and hour; without it: a rough market price
-    json: bool = False  # print rows as JSON
-    plot: Path | None = None  # write a picture here
+    """Compare parameters, KV cache, FLOPs, memory and training cost of models side by side."""
+
+    names: Positional[tuple[str, ...]]  # models, families, org/name on the hub, config.json files or their folders
+    context: Annotated[int, Range(1, 1 << 30)] = 8192  # tokens of a sequence; 8k is 8,192
+    batch_size: Annotated[int, Range(1, 1 << 20)] = 1  # sequences at once
+    dtype: str = "bfloat16"  # weight dtype: float32, bfloat16, float16, float8, int8, int4
+    image_tokens: Annotated[int, Range(0, 1 << 30)] = 0  # image tokens of a sequence, for cross-attention layers
+    tokens: Annotated[float | None, Range(above=0, high=1e18)] = None  # training tokens; default 20 a parameter
+    gpu: str = "h100"  # t4, l4, rtx-4090, l40s, a100, h100, h200, b200 or mi300x
+    gpus: Annotated[int, Range(1, 10_000_000)] = 8  # GPUs of the training run
+    mfu: Annotated[float, Range(above=0, high=1)] = 0.4  # share of the GPUs' peak FLOPs that training reaches
+    price: Annotated[float | None, Range(0, 1e6)] = None  # dollars per GPU and hour; default a rough market price
+    json: bool = False  # print the rows as JSON
+    plot: Path | None = None  # write a picture to this file (png, svg or pdf)
 
 
 @dataclass(frozen=True)
 class Diff:
-    before: Positional[str]  # a model, a family, or a config.json file (or its folder)
-    after: Positional[str]
-    json: bool = False  # print changes as JSON
+    """Describe how two architectures differ, part by part."""
+
+    before: Positional[str]  # a model, a family, org/name on the hub, a config.json file or its folder
+    after: Positional[str]  # the architecture to compare with it
+    json: bool = False  # print the changes as JSON
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def spec_of(name_or_path: str) -> Spec:
 
 
 def models(options: Models) -> None:
-    """The lineage, with exact parameter counts."""
+    """Print the published models."""
     chosen = [m for m in MODELS.values() if options.family in (None, m.family)]
     if not chosen:
         families = ", ".join(dict.fromkeys(m.family for m in MODELS.values()))
@@ -78,15 +86,15 @@ def models(options: Models) -> None:
     if options.json:
         print(jsonlib.dumps(rows, indent=1))
     else:
-        console = screen()
-        console.print(table.models(rows, console.width))
+        console = open_console()
+        console.print(table.models_table(rows, console.width))
 
 
 def compare(options: Compare) -> None:
-    """Parameters, KV cache, FLOPs, memory, time and money, side by side."""
+    """Print parameters, KV cache, FLOPs, memory, time and cost side by side."""
     if not options.names:
         raise OneblockError("give at least one model: oneblock compare gpt2 llama-3-8b (oneblock models lists them)")
-    costs = [cost(name, options) for name in options.names]
+    costs = [compute_costs(name, options) for name in options.names]
     if options.plot:
         from oneblock.lineage.plot import draw
 
@@ -94,61 +102,61 @@ def compare(options: Compare) -> None:
     if options.json:
         print(jsonlib.dumps([table.json_row(c, costs[0]) for c in costs], indent=1))
     else:
-        console = screen()
-        where = f"{options.gpus} x {options.gpu.upper()}"
-        for each in table.comparisons(costs, where, options.utilisation, console.width):
+        console = open_console()
+        hardware = f"{options.gpus} x {options.gpu.upper()}"
+        for each in table.comparison_tables(costs, hardware, options.mfu, console.width):
             console.print(each)
-        for note in notes(costs, options):
-            console.print(f"[dim]{note}[/dim]")
+    for note in notes(costs, options):
+        print(note, file=sys.stderr if options.json else sys.stdout)
 
 
-def cost(name: str, options: Compare) -> Costs:
+def compute_costs(name: str, options: Compare) -> Costs:
+    """The plan and the training run of one model."""
     model = spec_of(name)
-    run = train_run(
-        model,
-        options.context,
-        options.tokens,
-        options.gpu,
-        options.gpus,
-        options.utilisation,
-        options.price,
-    )
-    return Costs(label(name), model, plan(model, options.context, options.batch, options.dtype, options.image), run)
+    run = train_run(model, options.context, options.tokens, options.gpu, options.gpus, options.mfu, options.price)
+    costs = plan(model, options.context, options.batch_size, options.dtype, options.image_tokens)
+    return Costs(label(name), model, costs, run)
 
 
 def label(name_or_path: str) -> str:
-    """What stands above a column: a path's last telling part."""
+    """The heading of a column: a model's name, or the name of a config's folder."""
     path = Path(name_or_path)
     return path.resolve().parent.name if path.name == "config.json" else path.name or path.resolve().name
 
 
 def notes(costs: list[Costs], options: Compare) -> list[str]:
-    """What the figures do not say by themselves."""
-    found = [
-        f"{c.name} was made for {c.spec.context:,} tokens: its figures at {options.context:,} are what it would cost"
+    """Assumptions that the figures do not show."""
+    lines = [
+        f"{c.name} has a context of {c.spec.context:,} tokens: its figures at {options.context:,} are hypothetical"
         for c in costs
         if options.context > c.spec.context
     ]
-    if not options.image and any(x.attn.cross for c in costs for x in c.spec.layers):
-        found.append("without an image, layers that look at one cost nothing: --image 6404 is four tiles of 560 pixels")
-    if options.plot:
-        found.append(f"drawn in {options.plot}")
-    return found
+    for c, name in zip(costs, options.names, strict=True):
+        family = name.lower().replace("-", "_")
+        if family in FAMILIES and name.lower() not in MODELS:
+            sizes = ", ".join([m.name for m in MODELS.values() if m.family == family][:3])
+            lines.append(
+                f"{name} is a family at its small default size ({c.plan.params_total:,} parameters), not a published "
+                f"model; published sizes: {sizes}, .. (oneblock models --family {family})"
+            )
+    if not options.image_tokens and any(x.attn.cross for c in costs for x in c.spec.layers):
+        lines.append("without an image, cross-attention layers cost nothing: --image-tokens 6404 is one 4-tile picture")
+    return [*lines, *([f"picture written to {options.plot}"] if options.plot else [])]
 
 
 def diff(options: Diff) -> None:
-    """What changed from one architecture to another, in words."""
+    """Print how two architectures differ."""
     before, after = spec_of(options.before), spec_of(options.after)
-    changes = plain.diff(before, after)
+    changes = describe.diff(before, after)
     if options.json:
         print(jsonlib.dumps([asdict(c) for c in changes], indent=1))
     elif changes:
-        screen().print(table.changes(label(options.before), label(options.after), changes))
+        open_console().print(table.changes_table(label(options.before), label(options.after), changes))
     else:
         print(f"{options.before} and {options.after} have the same architecture")
 
 
-def screen() -> Console:
-    """The terminal; a pipe has no width, so there nothing is cut short."""
+def open_console() -> Console:
+    """The terminal; a pipe has no width, so nothing is cut there."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, table.WIDTH))
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, table.PIPE_WIDTH))

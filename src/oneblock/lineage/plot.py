@@ -1,4 +1,4 @@
-"""A picture of a comparison: what the parameters are, the cache as texts grow, work per token, memory."""
+"""The picture of a comparison: parameters by part, KV cache by length, FLOPs per token, memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from oneblock.errors import OneblockError
 from oneblock.files import replace_file
-from oneblock.lineage.table import count, size, work
 from oneblock.plan import GPUS, cache, memory, params
+from oneblock.units import format_bytes, format_count, format_flops
 
 if TYPE_CHECKING:
     from oneblock.lineage.commands import Costs
@@ -26,7 +26,7 @@ PARTS = dict(
 
 
 def draw(costs: list[Costs], path: Path) -> None:
-    """Write the picture; its kind follows from the file's ending (png, svg, pdf)."""
+    """Write the picture in the format of the file's suffix (png, svg, pdf)."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(13, 4.6 + 0.7 * len(costs)), layout=layout, facecolor="white")
     axes = figure.subplots(2, 2)
@@ -49,7 +49,7 @@ def _bare(ax: Axes, title: str, pad: float = 6) -> None:
 
 
 def _parts(ax: Axes, costs: list[Costs]) -> None:
-    """Shares, since totals of a lineage lie a thousandfold apart; the totals stand beside the names."""
+    """Shares of the total: totals differ a thousandfold, so they stand beside the names."""
     left = [0.0] * len(costs)
     for part in params.PARTS:
         shares = [100 * c.plan.parts[part] / c.plan.params_total for c in costs]
@@ -57,7 +57,7 @@ def _parts(ax: Axes, costs: list[Costs]) -> None:
             bars = ax.barh(range(len(costs)), shares, left=left, color=PARTS[part], label=part, height=0.62)
             ax.bar_label(bars, [f"{s:.0f}%" if s >= 6 else "" for s in shares], label_type="center", fontsize=8)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    ax.set_yticks(range(len(costs)), [f"{c.name}\n{count(c.plan.params_total)}" for c in costs])
+    ax.set_yticks(range(len(costs)), [f"{c.name}\n{format_count(c.plan.params_total)}" for c in costs])
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     _bare(ax, "Parameters by part")
@@ -84,15 +84,15 @@ def _cache(ax: Axes, costs: list[Costs]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:.0f}K" if x >= 1024 else f"{x:.0f}"))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: size(y)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_bytes(y)))
     ax.grid(axis="y", color=FAINT, lw=0.6)
-    _bare(ax, "KV cache of one text (dotted: past the model's context)")
+    _bare(ax, "KV cache of one sequence (dotted: past the model's context)")
     ax.set_xlabel("tokens", fontsize=9, color=INK)
     ax.legend(fontsize=8, frameon=False)
 
 
 def _bars(ax: Axes, costs: list[Costs], groups: dict[str, list[float]], form: FuncFormatter) -> None:
-    """Groups of horizontal bars, one bar a model, on a logarithmic axis with the values written out."""
+    """Groups of horizontal bars, one bar per model, on a logarithmic axis, each with its value."""
     height = 0.8 / len(costs)
     for i, c in enumerate(costs):
         at = [g + (i - (len(costs) - 1) / 2) * height for g in range(len(groups))]
@@ -115,8 +115,8 @@ def _work(ax: Axes, costs: list[Costs]) -> None:
         "decode": [c.plan.flops_decode for c in costs],
         "training": [c.plan.flops_train for c in costs],
     }
-    _bars(ax, costs, groups, FuncFormatter(lambda x, _: work(x)))
-    _bare(ax, f"Work per token in texts of {costs[0].plan.context:,} tokens")
+    _bars(ax, costs, groups, FuncFormatter(lambda x, _: format_flops(x)))
+    _bare(ax, f"FLOPs per token, context {costs[0].plan.context:,}")
 
 
 def _memory(ax: Axes, costs: list[Costs]) -> None:
@@ -126,10 +126,10 @@ def _memory(ax: Axes, costs: list[Costs]) -> None:
         "train,\ncheckpointed": [float(c.plan.training_checkpointed.total) for c in costs],
         "train": [float(c.plan.training.total) for c in costs],
     }
-    _bars(ax, costs, groups, FuncFormatter(lambda x, _: size(x)))
+    _bars(ax, costs, groups, FuncFormatter(lambda x, _: format_bytes(x)))
     for name in ("rtx-4090", "h100"):
         gpu = GPUS[name]
         ax.axvline(gpu.memory, color=INK, lw=0.8, ls="--", zorder=0)
         at = ax.get_xaxis_transform()
-        ax.text(gpu.memory, 1.01, size(gpu.memory), fontsize=8, color=INK, ha="center", transform=at)
-    _bare(ax, f"Memory, {plan.batch} x {plan.context:,} tokens, {plan.dtype} (dashed: one GPU's)", pad=16)
+        ax.text(gpu.memory, 1.01, format_bytes(gpu.memory), fontsize=8, color=INK, ha="center", transform=at)
+    _bare(ax, f"Memory, {plan.batch} x {plan.context:,} tokens, {plan.dtype} (dashed: memory of one GPU)", pad=16)

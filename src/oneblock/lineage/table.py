@@ -1,4 +1,4 @@
-"""Rows and tables of the lineage's commands."""
+"""Rows and tables of `oneblock models`, `compare` and `diff`."""
 
 from __future__ import annotations
 
@@ -14,59 +14,18 @@ from rich.text import Text
 from oneblock.plan import cache, params
 from oneblock.plan.describe import Change
 from oneblock.spec import Model, Spec
+from oneblock.units import format_bytes, format_count, format_duration, format_flops, format_money, format_ratio
 
 if TYPE_CHECKING:
     from oneblock.lineage.commands import Costs
 
-WIDTH = 130
-
-# ------------------------------------------------------------------ numbers in a few characters
-
-
-def scaled(x: float, unit: str, steps: str = " kMGTPEZY") -> str:
-    """8030261248 -> "8.03 G" + unit: three figures and a decimal prefix, as data sheets have them."""
-    step = 0
-    while abs(x) >= 999.5 and step < len(steps) - 1:
-        x, step = x / 1000, step + 1
-    figures = f"{x:.3g}" if abs(x) < 99.95 else f"{x:.0f}"
-    return f"{figures} {steps[step].strip()}{unit}".rstrip()
-
-
-def count(x: float) -> str:
-    return scaled(x, "", " KMBT")
-
-
-def size(x: float) -> str:
-    return scaled(x, "B")
-
-
-def work(x: float) -> str:
-    return scaled(x, "FLOP")
-
-
-def money(x: float) -> str:
-    return f"${x:,.0f}" if x >= 10 else f"${x:.2f}"
-
-
-def duration(seconds: float) -> str:
-    for name, length in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:,.3g} {name}"
-    return f"{seconds:.3g} seconds"
-
-
-def ratio(x: float, first: float) -> str:
-    if x == 0 or first == 0:
-        return "new" if x else ""
-    times = x / first
-    return f"{times:,.0f}x" if times >= 99.95 else f"{times:.3g}x"
-
+PIPE_WIDTH = 1000  # columns of a pipe: no table is wider
 
 # ------------------------------------------------------------------ models
 
 
 def model_row(model: Model, spec: Spec) -> dict[str, Any]:
-    """One model, as `oneblock models --json` prints it; a vision model's text side."""
+    """One row of `oneblock models --json`."""
     attn = [x.attn for x in spec.layers]
     return {
         "name": model.name,
@@ -87,33 +46,39 @@ def model_row(model: Model, spec: Spec) -> dict[str, Any]:
     }
 
 
-# Column, what a row says there; the last ones are left out where they do not fit.
+# Column title -> cell of a row; a terminal that is too narrow leaves out the last ones, and the caption says which.
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "name": lambda r: f"[cyan]{r['name']}[/cyan]",
     "parameters": lambda r: f"{r['params_total']:,}",
     "active": lambda r: f"{r['params_active']:,}" if r["params_active"] != r["params_total"] else "[dim]all[/dim]",
     "layers": lambda r: str(r["n_layers"]),
-    "width": lambda r: f"{r['dim']:,}",
+    "dim": lambda r: f"{r['dim']:,}",
     "heads": lambda r: f"{r['n_heads']}/{r['n_kv_heads']} x {r['head_dim']}",
     "context": lambda r: f"{r['context']:,}",
-    "KV/token": lambda r: size(r["kv_bytes_per_token"]),
+    "KV/token": lambda r: format_bytes(r["kv_bytes_per_token"]),
     "vocab": lambda r: f"{r['vocab']:,}",
 }
 
 
-def models(rows: list[dict[str, Any]], width: int) -> Table:
-    """The lineage in as many columns as `width` characters hold."""
-    cells = {name: [words(row) for row in rows] for name, words in COLUMNS.items()}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+def models_table(rows: list[dict[str, Any]], width: int) -> Table:
+    """The models in as many columns as `width` characters hold; no number is ever cut."""
+    cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+    shown: list[str] = []
     for name, column in cells.items():
         width -= 2 + max(Text.from_markup(c).cell_len for c in (name, *column))
-        if width < 0:
+        if width < 0 and len(shown) >= 2:  # name and parameters always stay
             break
-        table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
+        shown.append(name)
+    omitted = [name for name in cells if name not in shown]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for name in shown:
+        table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True, overflow="ignore")
     for i, row in enumerate(rows):
         last = i + 1 < len(rows) and rows[i + 1]["family"] != row["family"]
-        table.add_row(*(column[i] for column in list(cells.values())[: len(table.columns)]), end_section=last)
-    table.caption = "heads: query/KV x width. KV/token: bytes of keys and values a token adds, 16-bit."
+        table.add_row(*(cells[name][i] for name in shown), end_section=last)
+    legend = "heads: query/KV x head_dim. KV/token: bytes of keys and values per token, 16-bit."
+    narrow = f" Too narrow for: {', '.join(omitted)} (widen the terminal, or --json)." if omitted else ""
+    table.caption = legend + narrow
     return table
 
 
@@ -122,80 +87,96 @@ def models(rows: list[dict[str, Any]], width: int) -> Table:
 
 @dataclass(frozen=True)
 class Metric:
+    """One line of a comparison; `path` leads from `Costs` to its value."""
+
     key: str
     section: str
     label: str
     form: Callable[[float], str]
-    of: Callable[[Costs], float]
-    bold: bool = False
+    path: str
+
+    def value(self, costs: Costs) -> float:
+        value: Any = costs
+        for name in self.path.split("."):
+            value = value[name] if isinstance(value, dict) else getattr(value, name)
+        return value
 
 
-def metrics(costs: list[Costs], where: str, utilisation: float) -> Iterator[Metric]:
-    """What a comparison shows, line by line."""
+BOLD = {"params_total", "kv_bytes", "flops_prefill", "serving_total", "training_total", "seconds", "dollars"}
+
+
+Line = tuple[str, str, Callable[[float], str], str]  # key, label, format, path
+
+
+def metrics(costs: list[Costs], hardware: str, mfu: float) -> list[Metric]:
+    """The lines of a comparison."""
     p = costs[0].plan
-    yield from _parameters(costs)
-    cached = f"KV cache, {p.serving_dtype}"
-    yield Metric("kv_bytes_per_token", cached, "a token", size, lambda c: c.plan.kv_bytes_per_token)
-    yield Metric("kv_bytes", cached, f"a text of {p.context:,} tokens", size, lambda c: c.plan.kv_bytes, bold=True)
-    if p.batch > 1:
-        yield Metric("kv_bytes_batch", cached, f"{p.batch} such texts", size, lambda c: c.plan.serving.cache)
-    each = f"Per token, at {p.context:,}"
-    yield Metric("flops_prefill", each, "prefill (mean)", work, lambda c: c.plan.flops_prefill, bold=True)
-    yield Metric("flops_decode", each, "decode (last)", work, lambda c: c.plan.flops_decode)
-    yield Metric("flops_train", each, "training", work, lambda c: c.plan.flops_train)
-    moved = f"moved to decode, batch {p.batch}"
-    yield Metric("bytes_decode", each, moved, size, lambda c: c.plan.bytes_decode)
-    yield from _memory(p.batch, p.context, p.dtype)
-    training = f"Training on {where} at {utilisation:.0%}"
-    law = "optimal tokens, fitted law"
-    yield Metric("optimal_tokens", training, "optimal tokens, 20 to 1", count, lambda c: c.plan.optimal_tokens)
-    yield Metric("optimal_tokens_law", training, law, count, lambda c: c.plan.optimal_tokens_law)
-    yield Metric("tokens", training, "tokens trained on", count, lambda c: c.run.tokens)
-    yield Metric("train_flops", training, "work", work, lambda c: c.run.flops)
-    yield Metric("seconds", training, "time", duration, lambda c: c.run.seconds, bold=True)
-    yield Metric("dollars", training, "cost", money, lambda c: c.run.dollars, bold=True)
+    cache: list[Line] = [
+        ("kv_bytes_per_token", "per token", format_bytes, "plan.kv_bytes_per_token"),
+        ("kv_bytes", f"{p.context:,} tokens", format_bytes, "plan.kv_bytes"),
+        ("kv_bytes_batch", f"{p.batch} x {p.context:,} tokens", format_bytes, "plan.serving.cache"),
+    ]
+    sections: dict[str, list[Line]] = {
+        "Parameters": _parameters(costs),
+        f"KV cache, {p.serving_dtype}": cache if p.batch > 1 else cache[:2],
+        f"Per token, context {p.context:,}": [
+            ("flops_prefill", "prefill (mean)", format_flops, "plan.flops_prefill"),
+            ("flops_decode", "decode (last)", format_flops, "plan.flops_decode"),
+            ("flops_train", "training", format_flops, "plan.flops_train"),
+            ("bytes_decode", f"bytes moved to decode, batch {p.batch}", format_bytes, "plan.bytes_decode"),
+        ],
+        f"Memory to serve {p.batch} x {p.context:,}, {p.dtype}": SERVING,
+        f"Memory to train, micro-batch {p.batch} x {p.context:,}": TRAINING,
+        f"Training on {hardware} at {mfu:.0%} MFU": [
+            ("optimal_tokens", "optimal tokens, 20 per parameter", format_count, "plan.optimal_tokens"),
+            ("optimal_tokens_law", "optimal tokens, fitted law", format_count, "plan.optimal_tokens_law"),
+            ("tokens", "training tokens", format_count, "run.tokens"),
+            ("train_flops", "FLOPs", format_flops, "run.flops"),
+            ("seconds", "time", format_duration, "run.seconds"),
+            ("dollars", "cost", format_money, "run.dollars"),
+        ],
+    }
+    lines = [(section, line) for section, lines in sections.items() for line in lines]
+    return [Metric(key, section, label, form, path) for section, (key, label, form, path) in lines]
 
 
-def _parameters(costs: list[Costs]) -> Iterator[Metric]:
-    yield Metric("params_total", "Parameters", "total", count, lambda c: c.plan.params_total, bold=True)
+def _parameters(costs: list[Costs]) -> list[Line]:
+    lines: list[Line] = [("params_total", "total", format_count, "plan.params_total")]
     if any(c.plan.params_active != c.plan.params_total for c in costs):
-        yield Metric("params_active", "Parameters", "active per token", count, lambda c: c.plan.params_active)
-    for part in params.PARTS:
-        if any(c.plan.parts[part] for c in costs):
-            yield Metric(f"params_{part}", "Parameters", f"  {part}", count, lambda c, part=part: c.plan.parts[part])
+        lines.append(("params_active", "active per token", format_count, "plan.params_active"))
+    parts = [part for part in params.PARTS if any(c.plan.parts[part] for c in costs)]
+    return lines + [(f"params_{part}", f"  {part}", format_count, f"plan.parts.{part}") for part in parts]
 
 
-def _memory(batch: int, context: int, dtype: str) -> Iterator[Metric]:
-    serve = f"Memory to serve {batch} x {context:,}, {dtype}"
-    yield Metric("serving_weights", serve, "  weights", size, lambda c: c.plan.serving.weights)
-    yield Metric("serving_cache", serve, "  cache", size, lambda c: c.plan.serving.cache)
-    yield Metric("serving_workspace", serve, "  workspace", size, lambda c: c.plan.serving.workspace)
-    yield Metric("serving_total", serve, "total", size, lambda c: c.plan.serving.total, bold=True)
-    train = f"Memory to train, {batch} x {context:,} a step"
-    yield Metric("training_states", train, "  weights, gradients, AdamW", size, lambda c: c.plan.training.states)
-    yield Metric("training_activations", train, "  activations", size, lambda c: c.plan.training.activations)
-    kept = "  activations, checkpointed"
-    yield Metric(
-        "training_checkpointed_activations", train, kept, size, lambda c: c.plan.training_checkpointed.activations
-    )
-    yield Metric("training_loss", train, "  loss", size, lambda c: c.plan.training.loss + c.plan.training.head)
-    yield Metric("training_total", train, "total", size, lambda c: c.plan.training.total, bold=True)
-    total = "total, checkpointed"
-    yield Metric("training_checkpointed_total", train, total, size, lambda c: c.plan.training_checkpointed.total)
+SERVING: list[Line] = [
+    ("serving_weights", "  weights", format_bytes, "plan.serving.weights"),
+    ("serving_cache", "  KV cache", format_bytes, "plan.serving.cache"),
+    ("serving_workspace", "  activations", format_bytes, "plan.serving.workspace"),
+    ("serving_total", "total", format_bytes, "plan.serving.total"),
+]
+FULL = "plan.training_checkpointed"
+TRAINING: list[Line] = [
+    ("training_states", "  weights, gradients, AdamW", format_bytes, "plan.training.states"),
+    ("training_activations", "  activations", format_bytes, "plan.training.activations"),
+    ("training_checkpointed_activations", "  activations, checkpointed", format_bytes, f"{FULL}.activations"),
+    ("training_loss", "  loss", format_bytes, "plan.training.loss_total"),
+    ("training_total", "total", format_bytes, "plan.training.total"),
+    ("training_checkpointed_total", "total, checkpointed", format_bytes, f"{FULL}.total"),
+]
 
 
-def comparisons(costs: list[Costs], where: str, utilisation: float, width: int) -> list[Table]:
-    """One table, or several where one would be wider than `width`; the first model is in each."""
+def comparison_tables(costs: list[Costs], hardware: str, mfu: float, width: int) -> list[Table]:
+    """One table, or several where one is wider than `width`; each has the first model as its base."""
     first, others = costs[0], costs[1:]
     for n in range(len(others), 0, -1):
         groups = [[first, *others[i : i + n]] for i in range(0, len(others), n)]
-        tables = [comparison(group, where, utilisation) for group in groups]
+        tables = [comparison_table(group, hardware, mfu) for group in groups]
         if n == 1 or all(Console(width=10_000).measure(t).maximum <= width for t in tables):
             return tables
-    return [comparison(costs, where, utilisation)]
+    return [comparison_table(costs, hardware, mfu)]
 
 
-def comparison(costs: list[Costs], where: str, utilisation: float) -> Table:
+def comparison_table(costs: list[Costs], hardware: str, mfu: float) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for i, c in enumerate(costs):
@@ -203,22 +184,22 @@ def comparison(costs: list[Costs], where: str, utilisation: float) -> Table:
         if i:
             table.add_column("", justify="right", style="dim", no_wrap=True)
     section = ""
-    for metric in metrics(costs, where, utilisation):
+    for metric in metrics(costs, hardware, mfu):
         if metric.section != section:
             section = metric.section
             table.add_section()
             table.add_row(f"[bold]{section}[/bold]")
-        table.add_row(f"  {metric.label}", *_cells(metric, costs), style="bold" if metric.bold else "")
+        table.add_row(f"  {metric.label}", *_cells(metric, costs), style="bold" if metric.key in BOLD else "")
     return table
 
 
 def _cells(metric: Metric, costs: list[Costs]) -> Iterator[str]:
-    first = metric.of(costs[0])
+    first = metric.value(costs[0])
     for i, c in enumerate(costs):
-        value = metric.of(c)
+        value = metric.value(c)
         yield metric.form(value) if value else "-"
         if i:
-            yield ratio(value, first)
+            yield format_ratio(value, first)
 
 
 def json_row(c: Costs, first: Costs) -> dict[str, Any]:
@@ -227,7 +208,7 @@ def json_row(c: Costs, first: Costs) -> dict[str, Any]:
     p = asdict(c.plan)
     for key in ("serving", "training", "training_checkpointed"):
         p[key]["total"] = getattr(c.plan, key).total
-    values = {m.key: (m.of(c), m.of(first)) for m in shown}
+    values = {m.key: (m.value(c), m.value(first)) for m in shown}
     ratios = {key: x / base for key, (x, base) in values.items() if base}
     return {"name": c.name, **p, "run": asdict(c.run), "ratios": ratios}
 
@@ -235,12 +216,12 @@ def json_row(c: Costs, first: Costs) -> dict[str, Any]:
 # ------------------------------------------------------------------ diff
 
 
-def changes(before: str, after: str, found: list[Change]) -> Table:
+def changes_table(before: str, after: str, changes: list[Change]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", style="bold", no_wrap=True)
     table.add_column(f"[cyan]{before}[/cyan]", overflow="fold", ratio=1)
     table.add_column("")
     table.add_column(f"[cyan]{after}[/cyan]", overflow="fold", ratio=1)
-    for change in found:
+    for change in changes:
         table.add_row(change.what, change.before, "->", change.after)
     return table

@@ -105,10 +105,15 @@ class Training:
         return self.weights + self.gradients + self.optimizer
 
     @property
+    def loss_total(self) -> int:
+        """The fused loss with the gradient of the LM head."""
+        return self.loss + self.head
+
+    @property
     def total(self) -> int:
         """Peak memory: in the loss, or at the end of the backward pass."""
         before = self.gradients if self.accumulate else 0
-        in_loss = before + self.low_precision_weights + self.activations + self.head + self.loss
+        in_loss = before + self.low_precision_weights + self.activations + self.loss_total
         peak = max(in_loss, self.gradients + self.embedding_grad)
         heap = round(HEAP_FRAGMENTATION * self.gradients) + KERNEL_SCRATCH if self.cpu else 0
         return self.weights + self.gathered + self.optimizer + peak + heap
