@@ -57,7 +57,7 @@ def make(folder: Path, name: str, llama: bool) -> None:
 
     torch.manual_seed(0)
     shape = SHAPES[name]
-    spec = oneblock.spec("llama", **shape, context=2048, tied=False) if shape else oneblock.spec("llama-3.2-1b")
+    spec = oneblock.get_spec("llama", **shape, context=2048, tied=False) if shape else oneblock.get_spec("llama-3.2-1b")
     model = on_meta(spec).to(torch.bfloat16).to_empty(device="cpu")
     for p in model.parameters():
         p.data.normal_(std=0.02) if p.dim() > 1 else p.data.fill_(1.0)

@@ -36,12 +36,12 @@ SAVING = """
 import sys, itertools
 from pathlib import Path
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.text.train import byte_level
 from oneblock.train.checkpoint import Saver
 from oneblock.train.loop import start
 from oneblock.train.options import Optimizer
-model = Decoder(spec("llama", vocab=256, dim=64, n_layers=4, n_heads=2, context=16))
+model = Decoder(get_spec("llama", vocab=256, dim=64, n_layers=4, n_heads=2, context=16))
 init_weights(model, 0)
 state, saver = start(model, Optimizer()), Saver(Path(sys.argv[1]), byte_level(), "text", 2, background=True)
 for state.step in itertools.count(int(sys.argv[2])):

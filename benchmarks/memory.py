@@ -19,7 +19,7 @@ from common import Row, arguments, cpu_name, report, row
 from oneblock.kernels.heap import reuse_memory
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import memory, params
-from oneblock.spec import Spec, spec
+from oneblock.spec import Spec, get_spec
 from oneblock.train.machine import peak_memory, product_dtype
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 from oneblock.train.preflight import over
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def spec(self) -> Spec:
-        return spec(self.model, **self.changes)
+        return get_spec(self.model, **self.changes)
 
     @property
     def title(self) -> str:

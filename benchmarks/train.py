@@ -35,13 +35,13 @@ def ours(model_name: str = "gpt2", batch: int = BATCH, context: int = CONTEXT, *
     from oneblock.kernels.heap import reuse_memory
     from oneblock.model import Decoder, init_weights
     from oneblock.parallel.world import World
-    from oneblock.spec import spec
+    from oneblock.spec import get_spec
     from oneblock.train.loop import ModelWithLoss, TrainStep, start
     from oneblock.train.losses import pretraining
     from oneblock.train.options import Loop, Optimizer, Schedule
 
     reuse_memory()
-    model = Decoder(spec(model_name, **changes))
+    model = Decoder(get_spec(model_name, **changes))
     init_weights(model, 0)
     state = start(model, Optimizer())
     ids = torch.randint(model.spec.vocab, (batch, context + 1))
@@ -76,7 +76,7 @@ def product() -> float:
 
 def steps(repeats: int, threads: int) -> list[Row]:
     from oneblock.plan import flops
-    from oneblock.spec import spec
+    from oneblock.spec import get_spec
 
     sides = {name: Side(["--side", name, "--threads", str(threads)]) for name in SIDES}
     took: dict[str, list[float]] = {name: [] for name in SIDES}
@@ -88,7 +88,7 @@ def steps(repeats: int, threads: int) -> list[Row]:
     for side in sides.values():
         side.close()
     speed = {name: BATCH * CONTEXT / middle(found[1:]) for name, found in took.items()}  # the first is a warm-up
-    work = flops.train(spec("gpt2"), CONTEXT)
+    work = flops.train(get_spec("gpt2"), CONTEXT)
     return [
         row("124m-step/nanogpt-fp32", speed["ours"], speed["fp32"], "tokens/s"),
         row("124m-step/nanogpt-bf16", speed["ours"], speed["bf16"], "tokens/s"),

@@ -74,7 +74,7 @@ LIGHT_STARTS = [
     "import oneblock",
     "import oneblock.spec, oneblock.plan, oneblock.text, oneblock.store.config",
     "import oneblock.cli; oneblock.cli.main(['--help'])",
-    "import oneblock; oneblock.plan(oneblock.spec('llama-3-8b'), context=8192)",
+    "import oneblock; oneblock.plan_model(oneblock.get_spec('llama-3-8b'), context=8192)",
 ]
 
 

@@ -62,7 +62,7 @@ def test_outputs_are_what_the_commands_print(block: str, capsys: pytest.CaptureF
 def test_the_comparison_says_what_the_plan_says() -> None:
     row = r"^\| [^|]+ \| ([\d,]+)[ B]*\| ([\d,]+)[ B]*\| ([\d.]+) \|$"
     rows = re.findall(row, PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
-    gpt2, llama = (oneblock.plan(oneblock.spec(name), context=8192) for name in ("gpt2", "llama-3-8b"))
+    gpt2, llama = (oneblock.plan_model(oneblock.get_spec(name), context=8192) for name in ("gpt2", "llama-3-8b"))
     figures = [
         (gpt2.params_total, llama.params_total),
         (gpt2.kv_bytes, llama.kv_bytes),

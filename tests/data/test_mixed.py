@@ -14,7 +14,7 @@ from oneblock.data.packed import BLOCK, IGNORE, Batch, PackedDataset, counts, in
 from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.train.losses import next_token
 
 TEXT = np.arange(1000, dtype=np.uint16)
@@ -126,7 +126,7 @@ def test_a_row_that_begins_inside_a_document_counts_from_there() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_packed_documents_are_each_alone(family: str) -> None:
     """Logits and loss of a packed row are those of its documents one at a time."""
-    model = Decoder(spec(family, vocab=50, dim=16, n_layers=2, n_heads=2, context=64))
+    model = Decoder(get_spec(family, vocab=50, dim=16, n_layers=2, n_heads=2, context=64))
     init_weights(model, 0)
     text = documents()
     packed = next(in_order(text, 63, 1, documents=True))

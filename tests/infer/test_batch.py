@@ -28,7 +28,7 @@ END = 256
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    model = Decoder(oneblock.spec("llama", vocab=257, context=200, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
+    model = Decoder(oneblock.get_spec("llama", vocab=257, context=200, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
     init_weights(model, 1)
     return LLM(model, byte_level(), generation={"eos_token_id": END})
 
@@ -128,7 +128,7 @@ def test_a_reply_that_cannot_go_on_is_said_and_the_others_go_on(llm: LLM, tmp_pa
 def test_what_fits(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Reader(llm, {"max_tokens": 20}).job(n, {"prompt": "abc"}) for n in (1, 2)]
     assert rows_that_fit(llm, jobs) == 32
-    keys = 2 * oneblock.plan(llm.spec, 23, dtype="float32").kv_bytes
+    keys = 2 * oneblock.plan_model(llm.spec, 23, dtype="float32").kv_bytes
     monkeypatch.setattr(batch, "free_memory", lambda device: 2 * 7 * (keys + 16 * 257 + 64 * 3 * 32))
     assert rows_that_fit(llm, jobs) == 7
     monkeypatch.setattr(batch, "free_memory", lambda device: 1)

@@ -13,7 +13,7 @@ import oneblock
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 
 KINDS = ["yarn", "linear", "dynamic"]
 
@@ -47,7 +47,7 @@ def test_it_is_what_transformers_makes_of_the_setting(kind: str, tmp_path: Path)
 
 
 def test_windows_keep_their_angles() -> None:
-    model = Decoder(spec("gemma3", vocab=64, dim=32, n_layers=6, n_heads=2, context=64, window=16))
+    model = Decoder(get_spec("gemma3", vocab=64, dim=32, n_layers=6, n_heads=2, context=64, window=16))
     init_weights(model, 0)
     before = [layer.attn.rope for layer in model.spec.layers]
     LLM(model).extend_context(256)
@@ -65,20 +65,20 @@ def test_windows_keep_their_angles() -> None:
     ],
 )
 def test_what_cannot_be(family: str, context: int, said: str) -> None:
-    model = spec("llama-3.1-8b") if family == "llama3.1" else None
+    model = get_spec("llama-3.1-8b") if family == "llama3.1" else None
     if model is not None:
         from oneblock.infer.extend_context import longer
 
         with pytest.raises(OneblockError, match=said):
             longer(model.pattern[0], 64, context, "yarn")
         return
-    llm = LLM(Decoder(spec(family, vocab=64, dim=32, n_layers=1, n_heads=2, context=64)))
+    llm = LLM(Decoder(get_spec(family, vocab=64, dim=32, n_layers=1, n_heads=2, context=64)))
     with pytest.raises(OneblockError, match=said):
         llm.extend_context(context)
 
 
 def test_a_text_over_the_limit_names_the_way_out() -> None:
-    llm = LLM(Decoder(spec("llama", vocab=64, dim=32, n_layers=1, n_heads=2, context=16)))
+    llm = LLM(Decoder(get_spec("llama", vocab=64, dim=32, n_layers=1, n_heads=2, context=16)))
     with pytest.raises(OneblockError, match="17 tokens and the model's context 16: shorten the prompt, or load it for"):
         llm.generate([1] * 17)
     llm.extend_context(32)

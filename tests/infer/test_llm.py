@@ -31,7 +31,7 @@ def llm(folder: Path) -> LLM:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with no tokenizer."""
     folder = tmp_path_factory.mktemp("plain") / "model"
-    model = Decoder(oneblock.spec("llama", vocab=50, context=40))
+    model = Decoder(oneblock.get_spec("llama", vocab=50, context=40))
     init_weights(model, 1)
     save_model(folder, model)
     return folder
@@ -187,8 +187,8 @@ def test_a_conversation_reads_only_what_is_new(llm: LLM) -> None:
 
 
 def test_import_is_light_and_names_are_there() -> None:
-    assert oneblock.spec("gpt2").dim == 768
-    assert oneblock.plan(oneblock.spec("gpt2"), context=1024).params_total == 124_439_808
+    assert oneblock.get_spec("gpt2").dim == 768
+    assert oneblock.plan_model(oneblock.get_spec("gpt2"), context=1024).params_total == 124_439_808
     assert {"load", "LLM", "spec", "plan"} <= set(dir(oneblock))
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = oneblock.nothing_here

@@ -12,11 +12,11 @@ from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 
 
 def writer(family: str, seed: int = 0) -> LLM:
-    model = Decoder(spec(family, vocab=32, dim=32, n_layers=6, n_heads=2, context=128, **more(family)))
+    model = Decoder(get_spec(family, vocab=32, dim=32, n_layers=6, n_heads=2, context=128, **more(family)))
     init_weights(model, seed)
     return LLM(model.eval())
 

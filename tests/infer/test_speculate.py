@@ -14,11 +14,11 @@ from oneblock.infer.chat import Conversation
 from oneblock.infer.llm import LLM, load
 from oneblock.infer.speculate import DraftTokens, NgramDrafter, rejection_sample
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 
 
 def writer(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
-    model = Decoder(spec(family, **{"vocab": 24, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 256, **sizes}))
+    model = Decoder(get_spec(family, **{"vocab": 24, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 256, **sizes}))
     init_weights(model, seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -54,7 +54,7 @@ NUMBER: /[0-9]{1,2}/
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     """One id for each byte, and one that ends a text; nearly every next byte as likely as any other."""
-    model = Decoder(oneblock.spec("llama", vocab=257, context=300, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
+    model = Decoder(oneblock.get_spec("llama", vocab=257, context=300, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
     init_weights(model, 1)
     return LLM(model, byte_level(), generation={"eos_token_id": END})
 
@@ -366,7 +366,7 @@ def test_the_command(llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("by", ["text", "itself", "another"])
 def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
     """The same greedy replies as without guesses, whatever is guessed; drawn ones are of the form and end with it."""
-    other = Decoder(oneblock.spec("llama", vocab=257, context=300, dim=32, n_layers=1, n_heads=2, hidden_dim=48))
+    other = Decoder(oneblock.get_spec("llama", vocab=257, context=300, dim=32, n_layers=1, n_heads=2, hidden_dim=48))
     init_weights(other, 2)
     drafts = {"text": None, "itself": LLM(llm.model), "another": LLM(other)}
     guessing = LLM(llm.model, llm.tokenizer, generation=llm.generation)

@@ -9,7 +9,7 @@ from oneblock.infer.llm import LLM
 from oneblock.kernels.compiled_step import Compiled, pays
 from oneblock.kernels.compiler import compiler_found
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import Rope, spec
+from oneblock.spec import Rope, get_spec
 
 pytestmark = [
     pytest.mark.skipif(not compiler_found(), reason="there is no C++ compiler"),
@@ -19,7 +19,7 @@ HOW = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 
 def writer(family: str, **sizes: object) -> LLM:
-    model = Decoder(spec(family, **{"vocab": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 512, **sizes}))
+    model = Decoder(get_spec(family, **{"vocab": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 512, **sizes}))
     init_weights(model, 0)
     with torch.no_grad():
         for p in model.parameters():
@@ -69,7 +69,7 @@ def test_it_keeps_a_cache_of_8_bits() -> None:
 
 def test_auto_compiles_where_many_tokens_are_to_come() -> None:
     cpu = torch.device("cpu")
-    llama = spec("llama-3.2-1b")
+    llama = get_spec("llama-3.2-1b")
     assert not pays(llama, 256, cpu)
     assert pays(llama, 100_000, cpu)
     llm = writer("llama")

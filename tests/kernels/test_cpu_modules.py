@@ -22,7 +22,7 @@ from oneblock.model.rope import rotate
 from oneblock.quant.formats import quantize_int4, quantize_int8
 from oneblock.quant.linear import QuantizedLinear, SkinnyGemmLinear, product
 from oneblock.quant.quantize import QuantConfig, quantize
-from oneblock.spec import parts, spec
+from oneblock.spec import get_spec, parts
 
 kernels = pytest.mark.skipif(not build.available(), reason=build.missing() or "there are kernels")
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16)
@@ -86,7 +86,7 @@ def test_the_rest_of_a_block(family: str, rows: int, form: str) -> None:
     torch.manual_seed(0)
     dim, hidden_dim = (72, 100) if form == "bf16" else (96, 160)  # of bf16 the ends of rows as well
     model = (
-        Decoder(spec(family, vocab=32, dim=dim, n_layers=1, n_heads=3, hidden_dim=hidden_dim, context=64))
+        Decoder(get_spec(family, vocab=32, dim=dim, n_layers=1, n_heads=3, hidden_dim=hidden_dim, context=64))
         .bfloat16()
         .eval()
     )
@@ -135,7 +135,7 @@ def test_attention_of_one_query(heads: int, kv_heads: int, dim: int, keys: int) 
 
 def small(family: str, **more: int) -> Decoder:
     sizes = {"vocab": 96, "dim": 64, "n_layers": 2, "n_heads": 2, "context": 64, **more}
-    model = Decoder(spec(family, **sizes))
+    model = Decoder(get_spec(family, **sizes))
     init_weights(model, 0)
     return model
 
@@ -254,7 +254,7 @@ def test_weights_of_many_queries(rows: int, keys: int) -> None:
 
 def test_gradients_go_through_a_model_that_was_made_ready() -> None:
     """What is asked for gradients takes torch's own operators."""
-    model = Decoder(spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, hidden_dim=128)).bfloat16()
+    model = Decoder(get_spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, hidden_dim=128)).bfloat16()
     init_weights(model, 0)
     optimize_for_cpu(model)
     model(torch.arange(9)[None]).float().logsumexp(-1).sum().backward()

@@ -14,11 +14,11 @@ from oneblock.infer.llm import LLM
 from oneblock.kernels.huge_pages import settle
 from oneblock.model import Decoder, init_weights
 from oneblock.quant.quantize import QuantConfig, quantize
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 
 
 def small(family: str) -> Decoder:
-    model = Decoder(spec(family, vocab=64, dim=64, n_layers=2, n_heads=2, context=64))
+    model = Decoder(get_spec(family, vocab=64, dim=64, n_layers=2, n_heads=2, context=64))
     init_weights(model, 0)
     return model.eval()
 

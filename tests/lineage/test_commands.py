@@ -11,7 +11,7 @@ from rich.console import Console
 from oneblock.cli import main
 from oneblock.lineage import spec_of, table
 from oneblock.lineage.commands import Compare, compute_costs
-from oneblock.spec import MODELS, spec
+from oneblock.spec import MODELS, get_spec
 
 LLAMA = {
     "model_type": "llama",
@@ -70,7 +70,7 @@ def test_models_as_a_table(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_narrow_screen_shows_fewer_columns(capsys: pytest.CaptureFixture[str]):
-    shown = [table.model_row(m, spec(m.name)) for m in MODELS.values()]
+    shown = [table.model_row(m, get_spec(m.name)) for m in MODELS.values()]
     assert len(table.models_table(shown, 200).columns) == len(table.COLUMNS)
     narrow = Console(width=60)
     narrow.print(table.models_table(shown, 60))
@@ -125,7 +125,7 @@ def test_compare_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path):
 
 
 def test_a_configuration_stands_in_for_a_name(capsys: pytest.CaptureFixture[str], folder: Path):
-    assert spec_of(str(folder)) == spec_of(str(folder / "config.json")) == spec("llama-3-8b")
+    assert spec_of(str(folder)) == spec_of(str(folder / "config.json")) == get_spec("llama-3-8b")
     named, mine = rows(capsys, "compare", "llama-3-8b", str(folder / "config.json"))
     assert mine["name"] == "mine"
     assert {**mine, "name": ""} == {**named, "name": ""}
@@ -167,7 +167,7 @@ def test_a_piped_table_is_never_cut(capsys: pytest.CaptureFixture[str], monkeypa
 
 @pytest.mark.parametrize("width", [30, 60, 80, 100, 120])
 def test_a_narrow_terminal_leaves_out_whole_columns_and_says_so(width: int):
-    listed = [table.model_row(m, spec(m.name)) for m in MODELS.values()]
+    listed = [table.model_row(m, get_spec(m.name)) for m in MODELS.values()]
     out = io.StringIO()
     Console(width=width, file=out).print(table.models_table(listed, width))
     assert "…" not in out.getvalue()

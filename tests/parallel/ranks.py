@@ -19,7 +19,7 @@ from oneblock.model import Decoder, init_weights
 from oneblock.parallel.mesh import parse_mesh
 from oneblock.parallel.parallelize import apply, settle, wrap
 from oneblock.parallel.world import World
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.text.train import byte_level
 from oneblock.train.build import learner_for
 from oneblock.train.checkpoint import Saver, newest, restore, whole
@@ -36,7 +36,7 @@ SIZES = {"vocab": 256, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, 
 
 def fresh(world: World, family: str, seed: int = 0) -> State:
     sizes = {key: value for key, value in SIZES.items() if (family, key) != ("gpt2", "n_kv_heads")}
-    model = Decoder(spec(family, **sizes))
+    model = Decoder(get_spec(family, **sizes))
     init_weights(model, seed)
     apply(model, world)
     return start(model, OPTIMIZER)

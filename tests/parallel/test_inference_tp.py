@@ -20,7 +20,7 @@ from oneblock.parallel.process_group import Ranks
 from oneblock.quant.formats import quantize_int4
 from oneblock.quant.linear import QuantizedLinear
 from oneblock.quant.quantize import QuantConfig, quantize
-from oneblock.spec import Spec, spec
+from oneblock.spec import Spec, get_spec
 
 SIZES = {"vocab": 64, "dim": 64, "n_layers": 2, "n_heads": 4, "context": 64}
 MODELS: dict[str, dict[str, int]] = {
@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, int]] = {
 
 
 def folder(path: Path, family: str, bits: QuantConfig | None = None) -> LLM:
-    model = Decoder(spec(family, **SIZES, **MODELS[family]))
+    model = Decoder(get_spec(family, **SIZES, **MODELS[family]))
     init_weights(model, 0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -93,7 +93,7 @@ def test_a_prompt_cache_is_one_process_own(tmp_path: Path) -> None:
 
 def test_what_does_not_divide_is_told() -> None:
     def made(family: str, **sizes: int) -> Spec:
-        return spec(family, **{**SIZES, "n_layers": 1, **sizes})
+        return get_spec(family, **{**SIZES, "n_layers": 1, **sizes})
 
     for built, said in (
         (made("llama", dim=96, n_heads=6, n_kv_heads=3), "3 KV heads do not divide by 2 ranks"),

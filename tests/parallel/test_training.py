@@ -23,7 +23,7 @@ from oneblock.errors import OneblockError
 from oneblock.parallel.mesh import Mesh, parse_mesh
 from oneblock.parallel.parallelize import check
 from oneblock.parallel.world import World
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.train.checkpoint import newest, restore
 from oneblock.train.options import Loop, Optimizer, Train
 
@@ -147,7 +147,7 @@ def test_bad_meshes(text: str, ranks: int, said: str) -> None:
 )
 def test_what_cannot_be_shared(mesh: Mesh, family: str, options: Train, said: str) -> None:
     sizes = {"vocab": 64, "dim": 32, "n_heads": 4, "context": 32}
-    built = spec(family, **sizes) if family == "olmo2" else spec(family, **sizes, n_kv_heads=2)
+    built = get_spec(family, **sizes) if family == "olmo2" else get_spec(family, **sizes, n_kv_heads=2)
     with pytest.raises(OneblockError, match=said):
         check(built, 32, options, mesh)
 

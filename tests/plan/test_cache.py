@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneblock.plan import plan
+from oneblock.plan import plan_model
 from oneblock.plan.cache import kv_bytes, kv_bytes_growth, kv_bytes_per_token, span
-from oneblock.spec import FAMILIES, Attention, Spec, spec
+from oneblock.spec import FAMILIES, Attention, Spec, get_spec
 
 specs = st.sampled_from([build() for build in FAMILIES.values()])
 contexts = st.integers(1, 2000)
@@ -16,11 +16,11 @@ contexts = st.integers(1, 2000)
 
 def test_llama_2_70b_with_and_without_grouped_queries():
     """The often quoted 350 GB is the figure for 64 KV heads; the model has 8."""
-    grouped, ungrouped = spec("llama-2-70b"), spec("llama-2-70b", n_kv_heads=64)
+    grouped, ungrouped = get_spec("llama-2-70b"), get_spec("llama-2-70b", n_kv_heads=64)
     assert kv_bytes_per_token(grouped) == 2 * 80 * 8 * 128 * 2 == 327_680
     assert kv_bytes_per_token(ungrouped) == 2 * 80 * 64 * 128 * 2 == 2_621_440
-    assert plan(grouped, context=4096, batch=32).serving.cache == 42_949_672_960  # 40 GiB
-    assert plan(ungrouped, context=4096, batch=32).serving.cache == 343_597_383_680  # 320 GiB
+    assert plan_model(grouped, context=4096, batch=32).serving.cache == 42_949_672_960  # 40 GiB
+    assert plan_model(ungrouped, context=4096, batch=32).serving.cache == 343_597_383_680  # 320 GiB
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,11 @@ def test_llama_2_70b_with_and_without_grouped_queries():
     ],
 )
 def test_published_models(name: str, context: int, expected: int):
-    assert kv_bytes(spec(name), context) == expected
+    assert kv_bytes(get_spec(name), context) == expected
 
 
 def test_an_image_fills_the_cross_attention_layers():
-    with_image, without = (kv_bytes(spec("llama-3.2-11b-vision"), 1000, image=n) for n in (6404, 0))
+    with_image, without = (kv_bytes(get_spec("llama-3.2-11b-vision"), 1000, image=n) for n in (6404, 0))
     assert with_image - without == 8 * 2 * 1024 * 2 * 6404
 
 
@@ -80,15 +80,15 @@ def test_a_window_caps_the_cache(context: int, window: int):
 @given(specs, contexts)
 def test_bytes_follow_the_dtype(built: Spec, context: int):
     assert kv_bytes(built, context, 4) == 2 * kv_bytes(built, context, 2)
-    assert plan(built, context, dtype="float32").kv_bytes == 2 * plan(built, context, dtype="int4").kv_bytes
+    assert plan_model(built, context, dtype="float32").kv_bytes == 2 * plan_model(built, context, dtype="int4").kv_bytes
 
 
 @given(specs, contexts, st.integers(1, 64))
 def test_every_text_has_its_own_cache(built: Spec, context: int, batch: int):
-    assert plan(built, context, batch).serving.cache == batch * plan(built, context).kv_bytes
+    assert plan_model(built, context, batch).serving.cache == batch * plan_model(built, context).kv_bytes
 
 
 def test_depth_counts_layers_not_patterns():
-    gemma = spec("gemma-3-1b")
+    gemma = get_spec("gemma-3-1b")
     assert kv_bytes(replace(gemma, n_layers=12), 10_000) * 13 // 6 != kv_bytes(gemma, 10_000)  # 26 layers: 22 + 4
     assert kv_bytes(gemma, 10_000) == 2 * 256 * 2 * (22 * 512 + 4 * 10_000)

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 
 from oneblock.plan.describe import Change, by_layer, describe, diff
-from oneblock.spec import FAMILIES, MODELS, DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Spec, Yarn, spec
+from oneblock.spec import (
+    FAMILIES,
+    MODELS,
+    DynamicNTK,
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    Rope,
+    Spec,
+    Yarn,
+    get_spec,
+)
 
 CHOICES = {
     "kind": {"rms": "layer", "layer": "rms", "learned": "sinusoidal"},
@@ -74,11 +85,11 @@ def test_no_changed_value_goes_unsaid(name: str, built: Spec):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_does_not_differ_from_itself(name: str):
-    assert diff(spec(name), spec(name)) == []
+    assert diff(get_spec(name), get_spec(name)) == []
 
 
 def said(before: str, after: str) -> list[str]:
-    return [str(change) for change in diff(spec(before), spec(after))]
+    return [str(change) for change in diff(get_spec(before), get_spec(after))]
 
 
 def test_from_gpt_1_to_gpt_2():
@@ -119,7 +130,7 @@ def test_from_mistral_to_mixtral():
 
 
 def test_layers_that_differ_are_named():
-    assert describe(spec("gemma-3-1b"))["attention"] == (
+    assert describe(get_spec("gemma-3-1b"))["attention"] == (
         "over a window of 512 tokens (layers 1-5 of every 6); over the whole text (layer 6 of every 6)"
     )
     odd = FAMILIES["qwen2"](n_layers=5, window=8, sliding=(False, False, True, False, True))

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
-from oneblock.plan import bytes_decoded, flops, params, plan
-from oneblock.spec import FAMILIES, Attention, Moe, Spec, spec
+from oneblock.plan import bytes_decoded, flops, params, plan_model
+from oneblock.spec import FAMILIES, Attention, Moe, Spec, get_spec
 
 lengths = st.none() | st.integers(1, 40)
 
@@ -31,28 +31,28 @@ def test_mean_span_counts_every_visible_pair(context: int, window: int | None, c
 def test_gpt2_by_hand():
     dim, layers, context = 768, 12, 1024
     products = 2 * (layers * 12 * dim * dim + 50257 * dim)
-    got = plan(spec("gpt2"))
+    got = plan_model(get_spec("gpt2"))
     assert got.flops_decode == products + layers * 4 * dim * context
     assert got.flops_prefill == products + layers * 4 * dim * (context + 1) / 2
     assert got.flops_train == 3 * got.flops_prefill
 
 
 def test_grouped_queries_save_cache_but_not_the_work_of_scores():
-    grouped, ungrouped = plan(spec("llama-3-8b")), plan(spec("llama-3-8b", n_kv_heads=32))
+    grouped, ungrouped = plan_model(get_spec("llama-3-8b")), plan_model(get_spec("llama-3-8b", n_kv_heads=32))
     saved = 32 * 2 * 2 * 4096 * (4096 - 1024)  # k and v projections of 32 layers
     assert ungrouped.flops_decode - grouped.flops_decode == saved
 
 
 def test_work_is_about_six_flops_per_parameter_and_token():
     """The rule of thumb 6N, embeddings apart, holds where texts are short."""
-    llama = spec("llama-2-7b")
+    llama = get_spec("llama-2-7b")
     n = params.total(llama) - 32000 * 4096
     assert flops.train(llama, 1) == pytest.approx(6 * n, rel=0.001)
     assert flops.train(llama, 1, checkpointing=True) == pytest.approx(8 * n, rel=0.001)
 
 
 def test_experts_cost_what_is_active():
-    mixtral = spec("mixtral-8x7b")
+    mixtral = get_spec("mixtral-8x7b")
     n = params.total(mixtral, active=True) - 32000 * 4096
     assert flops.matmuls(mixtral) == pytest.approx(2 * n, rel=0.001)
 
@@ -60,12 +60,12 @@ def test_experts_cost_what_is_active():
 def test_llama_4_by_hand():
     dim, q, kv = 5120, 40 * 128, 8 * 128
     layer = 2 * dim * q + 2 * dim * kv + dim * 16 + 2 * 3 * dim * 8192  # one routed expert and the shared one
-    assert flops.matmuls(spec("llama-4-scout")) == 2 * (48 * layer + 202048 * dim)
+    assert flops.matmuls(get_spec("llama-4-scout")) == 2 * (48 * layer + 202048 * dim)
 
 
 def test_images_wake_the_cross_attention_layers():
-    vision = spec("llama-3.2-11b-vision")
-    plain = spec("llama-3.1-8b")
+    vision = get_spec("llama-3.2-11b-vision")
+    plain = get_spec("llama-3.1-8b")
     assert flops.decode(vision, 100) == flops.decode(plain, 100)  # 32 of 40 layers run: Llama 3.1 8B
     layer = 2 * (2 * 4096 * 4096 + 3 * 4096 * 14336) + 4 * 4096 * 6404
     assert flops.decode(vision, 100, image=6404) == flops.decode(plain, 100) + 8 * layer
@@ -79,29 +79,29 @@ def test_work_grows_with_the_text(built: Spec, a: int, b: int):
 
 
 def test_a_step_reads_every_weight_once_but_one_row_of_each_table():
-    gpt2 = spec("gpt2")
+    gpt2 = get_spec("gpt2")
     assert flops.weights_read(gpt2) == params.total(gpt2) - 1024 * 768 + 768 + 768  # tied: the head is the table
-    llama = spec("llama-3-8b")
+    llama = get_spec("llama-3-8b")
     assert flops.weights_read(llama, 5) == params.total(llama) - (128256 - 5) * 4096
 
 
 def test_decoded_bytes_by_hand():
-    llama, context = spec("llama-3-8b"), 8192
+    llama, context = get_spec("llama-3-8b"), 8192
     weights = (params.total(llama) - (128256 - 4) * 4096) * 2 / 4
     assert bytes_decoded(llama, context, batch=4) == weights + 131072 * (context + 1)
     assert bytes_decoded(llama, context, 4, "int8") == weights / 2 * 1.0625 + 131072 * (context + 1)
 
 
 def test_a_batch_wakes_more_experts():
-    moe = spec("mixtral-8x7b").pattern[0].mlp
+    moe = get_spec("mixtral-8x7b").pattern[0].mlp
     assert isinstance(moe, Moe)
     assert flops.distinct_experts(moe, 1) == 2
     assert flops.distinct_experts(moe, 2) == pytest.approx(2 + 2 * 6 / 8)  # the second token's two, unless the same
     assert flops.distinct_experts(moe, 1000) == pytest.approx(8)
-    assert flops.weights_read(spec("mixtral-8x7b"), 1) < flops.weights_read(spec("mixtral-8x7b"), 2)
+    assert flops.weights_read(get_spec("mixtral-8x7b"), 1) < flops.weights_read(get_spec("mixtral-8x7b"), 2)
 
 
 @pytest.mark.parametrize("kwargs", [{"context": 0}, {"batch": 0}, {"image": -1}, {"dtype": "fp3"}])
 def test_nonsense_is_refused(kwargs: dict[str, Any]):
     with pytest.raises(OneblockError, match=r"at least|unknown dtype"):
-        plan(spec("gpt2"), **kwargs)
+        plan_model(get_spec("gpt2"), **kwargs)

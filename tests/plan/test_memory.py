@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
-from oneblock.plan import TrainingConfig, memory, params, plan
+from oneblock.plan import TrainingConfig, memory, params, plan_model
 from oneblock.plan.activations import ActivationConfig, activations
-from oneblock.spec import FAMILIES, Spec, spec
+from oneblock.spec import FAMILIES, Spec, get_spec
 
 specs = st.sampled_from([build() for build in FAMILIES.values()])
 
 
 def test_llama_3_8b_serves_from_24_gigabytes():
-    serving = plan(spec("llama-3-8b"), context=8192, batch=4).serving
+    serving = plan_model(get_spec("llama-3-8b"), context=8192, batch=4).serving
     assert serving.weights == 8_030_261_248 * 2
     assert serving.cache == 4 * 8192 * 131_072
     assert serving.total == serving.weights + serving.cache + serving.workspace < 24e9
@@ -23,7 +23,7 @@ def test_llama_3_8b_serves_from_24_gigabytes():
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("int8", 1.0625), ("int4", 0.5625)])
 def test_weights_by_dtype(dtype: str, size: float):
-    assert plan(spec("gpt2"), dtype=dtype).serving.weights == round(124_439_808 * size)
+    assert plan_model(get_spec("gpt2"), dtype=dtype).serving.weights == round(124_439_808 * size)
 
 
 @given(specs, st.sampled_from(["float32", "bfloat16"]))
@@ -32,7 +32,7 @@ def test_training_states_are_16_bytes_a_parameter(built: Spec, dtype: str):
 
 
 def test_smaller_states_and_larger_ones():
-    gpt2 = spec("gpt2")
+    gpt2 = get_spec("gpt2")
     count, matrices = params.total(gpt2), 12 * 12 * 768 * 768
     bytes_of = {
         kind: memory.training(gpt2, 64, config=TrainingConfig(optimizer=kind)).optimizer for kind in ("adamw", "muon")
@@ -44,17 +44,17 @@ def test_smaller_states_and_larger_ones():
 
 
 def test_workspace_does_not_grow_past_one_prefill():
-    llama = spec("llama-3-8b")
-    assert plan(llama, 100_000, 1).serving.workspace == plan(llama, 2048, 1).serving.workspace
+    llama = get_spec("llama-3-8b")
+    assert plan_model(llama, 100_000, 1).serving.workspace == plan_model(llama, 2048, 1).serving.workspace
     by_hand = 2048 * (2 * 4096 + 3 * 14336) * 2 + 128256 * 6
-    assert plan(llama, 2048).serving.workspace == by_hand
+    assert plan_model(llama, 2048).serving.workspace == by_hand
 
 
 def test_gpt2_activations_by_hand():
     """Per layer: fp32 at two norms; what products read; q k v and the answer, the MLP's two; fp32 sums of 12 heads."""
     layer = 2 * 768 * 4 + (2 * 768 + 4 * 768 + 2 * 3072) * 2 + 4 * 12
     ends = 768 * 4 + 768 * 2
-    gpt2, kept = spec("gpt2"), ActivationConfig(2, 1024)
+    gpt2, kept = get_spec("gpt2"), ActivationConfig(2, 1024)
     assert activations(gpt2, kept) == 12 * layer + ends
     assert activations(gpt2, kept, "full") == 12 * 768 * 4 + layer + ends
     products = (3 * 768 + 768 + 3072 + 768) * 2
@@ -63,7 +63,7 @@ def test_gpt2_activations_by_hand():
 
 def test_a_step_needs_the_loss_or_the_gradients():
     """Many tokens: the most there is at once comes before the backward pass; few: after it, as gradients gather."""
-    gpt2 = spec("gpt2")
+    gpt2 = get_spec("gpt2")
     long, short = memory.training(gpt2, 1024, 8), memory.training(gpt2, 8)
     states = long.weights + long.optimizer
     assert long.total == states + long.low_precision_weights + long.activations + long.head + long.loss
@@ -77,7 +77,7 @@ def test_a_step_needs_the_loss_or_the_gradients():
 
 def test_ranks_that_share_a_model_hold_less():
     """Measured beside the plan on two ranks in docs/memory.md."""
-    llama = spec("llama-3.1-8b")
+    llama = get_spec("llama-3.1-8b")
 
     def shared(**over: int) -> memory.Training:
         return memory.training(
@@ -93,14 +93,14 @@ def test_ranks_that_share_a_model_hold_less():
     norms = 4 * 2 * llama.dim * llama.n_layers
     assert shared(tp=4).weights == memory.gathered_outside_blocks(llama) + norms + (blocks - norms) // 4
     assert shared(tp=4).activations < 0.5 * alone.activations
-    mixtral = spec("mixtral-8x7b")
+    mixtral = get_spec("mixtral-8x7b")
     experts = mixtral.n_layers * 8 * params.mlp(mixtral.layers[0].mlp.expert, mixtral.dim)
     part = params.total(memory.Parallelism(ep=8).shard_of(mixtral))
     assert part == params.total(mixtral) - experts * 7 // 8 - mixtral.n_layers * 7 * mixtral.dim  # and routers
 
 
 def test_the_loss_does_not_grow_with_the_text():
-    gpt2 = spec("gpt2")
+    gpt2 = get_spec("gpt2")
     grown = memory.training(gpt2, 1024, 64).loss - memory.training(gpt2, 1024, 32).loss
     assert grown == 32 * 1024 * 768 * 2 * 2  # what came in and its gradient, not the 50,257 words
 
@@ -142,4 +142,4 @@ def test_activations_are_what_torch_keeps(family: str, tokens: int):
 
 def test_plan_refuses_an_unknown_dtype():
     with pytest.raises(OneblockError, match="unknown dtype 'bf16': choose from float32"):
-        plan(spec("gpt2"), dtype="bf16")
+        plan_model(get_spec("gpt2"), dtype="bf16")

@@ -5,7 +5,7 @@ import torch
 
 from oneblock.model import Decoder
 from oneblock.plan import params
-from oneblock.spec import FAMILIES, MODELS, Spec, spec
+from oneblock.spec import FAMILIES, MODELS, Spec, get_spec
 
 # Total, or (total, active); tied heads once; of models that see images the text side. GPT-2 counts 124,439,808.
 COUNTS: dict[str, int | tuple[int, int]] = {
@@ -110,8 +110,8 @@ def test_no_model_is_forgotten():
 def test_published_counts(name: str):
     expected = COUNTS[name]
     total, active = expected if isinstance(expected, tuple) else (expected, expected)
-    assert params.total(spec(name)) == total
-    assert params.total(spec(name), active=True) == active
+    assert params.total(get_spec(name)) == total
+    assert params.total(get_spec(name), active=True) == active
 
 
 def module_parts(built: Spec) -> dict[str, int]:
@@ -136,12 +136,12 @@ def part_of(name: str, kinds: list[str]) -> str:
 
 @pytest.mark.parametrize("name", [*MODELS, *(f for f in FAMILIES if f not in MODELS)])
 def test_every_part_is_what_the_module_has(name: str):
-    assert params.by_part(spec(name)) == module_parts(spec(name))
+    assert params.by_part(get_spec(name)) == module_parts(get_spec(name))
 
 
 def test_gpt2_by_hand():
     dim, layers = 768, 12
-    assert params.by_part(spec("gpt2")) == {
+    assert params.by_part(get_spec("gpt2")) == {
         "embedding": 50257 * dim,
         "positions": 1024 * dim,
         "attention": layers * (4 * dim * dim + 4 * dim),
@@ -155,7 +155,7 @@ def test_gpt2_by_hand():
 
 def test_mixtral_by_hand():
     dim, hidden, layers = 4096, 14336, 32
-    parts, active = params.by_part(spec("mixtral-8x7b")), params.by_part(spec("mixtral-8x7b"), active=True)
+    parts, active = params.by_part(get_spec("mixtral-8x7b")), params.by_part(get_spec("mixtral-8x7b"), active=True)
     assert parts["experts"] == layers * (8 * 3 * dim * hidden + 8 * dim)
     assert active["experts"] == layers * (2 * 3 * dim * hidden + 8 * dim)
     assert {k: v for k, v in parts.items() if k != "experts"} == {k: v for k, v in active.items() if k != "experts"}
@@ -164,4 +164,4 @@ def test_mixtral_by_hand():
 def test_gpt_oss_experts_by_hand():
     dim, layers = 2880, 24
     expert = 3 * dim * dim + 3 * dim  # as wide as the stream, three biases
-    assert params.by_part(spec("gpt-oss-20b"))["experts"] == layers * (32 * expert + 32 * dim + 32)
+    assert params.by_part(get_spec("gpt-oss-20b"))["experts"] == layers * (32 * expert + 32 * dim + 32)

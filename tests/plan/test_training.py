@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
-from oneblock.plan import GPUS, plan, train_run
+from oneblock.plan import GPUS, plan_model, train_run
 from oneblock.plan.training import BESIROGLU, HOFFMANN, Law, optimal_tokens, run
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 
 
 def test_a_run_by_hand():
@@ -28,16 +28,16 @@ def test_a_run_by_hand():
 )
 def test_published_runs(name: str, context: int, tokens: float, published: float, attention: float):
     """Both papers count 6N a token, which leaves out attention's own work."""
-    assert train_run(spec(name), 1, tokens).flops == pytest.approx(published, rel=0.01)
-    whole = train_run(spec(name), context, tokens).flops
+    assert train_run(get_spec(name), 1, tokens).flops == pytest.approx(published, rel=0.01)
+    whole = train_run(get_spec(name), context, tokens).flops
     assert 1 < whole / published < 1 + attention
 
 
 def test_more_gpus_take_less_time_for_the_same_money():
-    one, many = (train_run(spec("gpt2"), 1024, gpus=n) for n in (1, 64))
+    one, many = (train_run(get_spec("gpt2"), 1024, gpus=n) for n in (1, 64))
     assert many.seconds == pytest.approx(one.seconds / 64)
     assert many.dollars == pytest.approx(one.dollars)
-    assert train_run(spec("gpt2"), 1024, checkpointing=True).seconds == pytest.approx(one.seconds / 8 * 4 / 3)
+    assert train_run(get_spec("gpt2"), 1024, checkpointing=True).seconds == pytest.approx(one.seconds / 8 * 4 / 3)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_more_gpus_take_less_time_for_the_same_money():
 )
 def test_nonsense_is_refused(kwargs: dict[str, Any], says: str):
     with pytest.raises(OneblockError, match=says):
-        train_run(spec("gpt2"), **kwargs)
+        train_run(get_spec("gpt2"), **kwargs)
 
 
 @pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU])
@@ -77,4 +77,4 @@ def test_laws_have_the_published_exponents():
 
 
 def test_experts_count_as_what_is_active():
-    assert plan(spec("mixtral-8x7b"), 1024).optimal_tokens == 20 * 12_879_925_248
+    assert plan_model(get_spec("mixtral-8x7b"), 1024).optimal_tokens == 20 * 12_879_925_248

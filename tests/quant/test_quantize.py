@@ -28,13 +28,13 @@ from oneblock.quant.formats import (
 from oneblock.quant.gptq import calibrate, corrected, products
 from oneblock.quant.linear import Float8Linear, QuantizedLinear
 from oneblock.quant.quantize import QuantConfig, QuantizedExperts, nearest, quantize
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.store import load_model
 
 
 def small(family: str, **sizes: int) -> Decoder:
     sizes = {"vocab": 100, "dim": 64, "n_layers": 2, "n_heads": 2, "context": 64, **sizes}
-    model = Decoder(spec(family, **sizes))
+    model = Decoder(get_spec(family, **sizes))
     init_weights(model, 0)
     return model.eval()
 
@@ -185,7 +185,7 @@ def test_a_tied_head_is_held_once() -> None:
 @pytest.mark.parametrize("ready", [False, True])
 def test_what_every_layer_multiplies_is_seen(ready: bool) -> None:
     """Of a model made ready for a CPU, too, where one product does several layers."""
-    model = Decoder(spec("llama", vocab=32, dim=32, n_layers=1, n_heads=2, context=16)).eval()
+    model = Decoder(get_spec("llama", vocab=32, dim=32, n_layers=1, n_heads=2, context=16)).eval()
     if ready:
         optimize_for_cpu(model)
     block = model.blocks[0]

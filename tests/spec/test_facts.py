@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from oneblock.plan import params
-from oneblock.spec import MODELS, Spec, spec
+from oneblock.spec import MODELS, Spec, get_spec
 
 BESIDE = Path(__file__).parents[3] / "shared" / "lineage"
 FACTS = Path(os.environ.get("ONEBLOCK_LINEAGE") or BESIDE) / "models.json"
@@ -26,7 +26,7 @@ def facts() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_numbers(name: str, facts: dict[str, dict[str, Any]]):
-    fact, built = facts[MODELS[name].title], spec(name)
+    fact, built = facts[MODELS[name].title], get_spec(name)
     assert fact["family"] == MODELS[name].family
     assert numbers(built) == {
         "params_total": fact.get("params_text", fact["params_total"]),

@@ -4,19 +4,20 @@ import inspect
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 
-import oneblock.spec as package
+import oneblock
 from oneblock.errors import OneblockError
-from oneblock.spec import FAMILIES, MODELS, LinearScaling, Rope, Spec, spec
+from oneblock.plan import Plan
+from oneblock.spec import FAMILIES, MODELS, LinearScaling, Rope, Spec, get_spec
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_builds_and_is_hashable(name: str):
-    built = spec(name)
-    assert built == spec(name) and hash(built) == hash(spec(name))
+    built = get_spec(name)
+    assert built == get_spec(name) and hash(built) == hash(get_spec(name))
     assert len(built.layers) == built.n_layers
     assert built.n_layers >= len(built.pattern)
     for layer in built.layers:
@@ -70,9 +71,9 @@ def test_every_keyword_changes_the_spec(family: str, keyword: str):
 
 
 def test_changes_apply_to_a_model():
-    assert spec("gpt2", n_layers=2) == replace(spec("gpt2"), n_layers=2)
-    assert spec("Llama-3-8B") == spec("llama-3-8b")
-    assert spec("gpt-oss").pattern == FAMILIES["gpt_oss"]().pattern
+    assert get_spec("gpt2", n_layers=2) == replace(get_spec("gpt2"), n_layers=2)
+    assert get_spec("Llama-3-8B") == get_spec("llama-3-8b")
+    assert get_spec("gpt-oss").pattern == FAMILIES["gpt_oss"]().pattern
 
 
 @pytest.mark.parametrize(
@@ -86,12 +87,16 @@ def test_changes_apply_to_a_model():
 )
 def test_unknown_names_suggest_the_nearest(name: str, changes: dict[str, Any], says: str):
     with pytest.raises(OneblockError, match=says):
-        spec(name, **changes)
+        get_spec(name, **changes)
 
 
-def test_the_package_can_be_called():
-    call: Any = package
-    assert call("llama", dim=32, n_heads=2) == spec("llama", dim=32, n_heads=2)
+def test_public_functions_have_types_that_checkers_infer():
+    """`assert_type` is checked by pyright in `make check`."""
+    small = assert_type(oneblock.get_spec("llama", dim=32, n_heads=2), Spec)
+    costs = assert_type(oneblock.plan_model(small, context=64), Plan)
+    assert small == get_spec("llama", dim=32, n_heads=2)
+    assert costs.params_total == 32 * 256 * 2 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 96)
+    assert {"get_spec", "plan_model"} <= set(dir(oneblock))
 
 
 def test_neither_spec_nor_plan_imports_torch():
@@ -100,24 +105,24 @@ def test_neither_spec_nor_plan_imports_torch():
 
 
 def test_layers_that_differ_are_where_they_should_be():
-    gemma = spec("gemma-3-1b").layers
+    gemma = get_spec("gemma-3-1b").layers
     assert [i for i, x in enumerate(gemma) if x.attn.window is None] == [5, 11, 17, 23]
-    vision = spec("llama-3.2-11b-vision").layers
+    vision = get_spec("llama-3.2-11b-vision").layers
     assert [i for i, x in enumerate(vision) if x.attn.cross] == [3, 8, 13, 18, 23, 28, 33, 38]
     assert all(x.gated == x.attn.cross == (x.attn.rope is None) for x in vision)
-    scout = spec("llama-4-scout").layers
+    scout = get_spec("llama-4-scout").layers
     assert [i for i, x in enumerate(scout) if x.attn.rope is None] == list(range(3, 48, 4))
     assert all((x.attn.chunk is None) == (x.attn.rope is None) == (x.attn.qk_norm is None) for x in scout)
-    smol = spec("smollm3-3b").layers
+    smol = get_spec("smollm3-3b").layers
     assert [i for i, x in enumerate(smol) if x.attn.rope is None] == list(range(3, 36, 4))
-    oss = spec("gpt-oss-20b").layers
+    oss = get_spec("gpt-oss-20b").layers
     assert [x.attn.window for x in oss[:4]] == [128, None, 128, None]
-    assert [x.attn.window for x in spec("gpt3-175b").layers[:4]] == [None, 256, None, 256]
-    assert [x.attn.window for x in spec("gpt3-175b", band=64).layers[:4]] == [None, 64, None, 64]
+    assert [x.attn.window for x in get_spec("gpt3-175b").layers[:4]] == [None, 256, None, 256]
+    assert [x.attn.window for x in get_spec("gpt3-175b", band=64).layers[:4]] == [None, 64, None, 64]
 
 
 def test_scores_shrink_with_depth_in_the_gpt2_that_asks_for_it():
-    scales = [x.attn.scale for x in spec("gpt2", scale_by_depth=True, n_layers=3).layers]
+    scales = [x.attn.scale for x in get_spec("gpt2", scale_by_depth=True, n_layers=3).layers]
     assert scales == pytest.approx([1 / 8, 1 / 16, 1 / 24])
-    assert spec("gpt2", scaled=False).pattern[0].attn.scale == 1.0
-    assert spec("gpt2").pattern[0].attn.scale is None
+    assert get_spec("gpt2", scaled=False).pattern[0].attn.scale == 1.0
+    assert get_spec("gpt2").pattern[0].attn.scale is None

@@ -24,7 +24,7 @@ from oneblock.spec import (
     Rope,
     Spec,
     Yarn,
-    spec,
+    get_spec,
 )
 from oneblock.store.config import family_of, read_config, write_config
 from oneblock.store.families import FAMILIES as CLASSES
@@ -171,7 +171,7 @@ def test_ropes_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_presets_read_back(name: str) -> None:
-    wanted = spec(name)
+    wanted = get_spec(name)
     config = write_config(wanted)
     assert family_of(config).read(config) == wanted
     assert json.loads(json.dumps(config)) == config
@@ -181,21 +181,21 @@ def test_presets_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].family != "gpt3"])
 def test_transformers_reads_the_same_from_what_is_written(name: str, tmp_path: Path) -> None:
-    config = write_config(spec(name))
+    config = write_config(get_spec(name))
     if config["model_type"] == "mllama_text_model":
         config["bos_token_id"] = 0  # the class allows none
-    assert read(normalised(config), tmp_path) == spec(name)
+    assert read(normalised(config), tmp_path) == get_spec(name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_small_families_read_back(name: str) -> None:
-    config = write_config(spec(name))
-    assert family_of(config).read(config) == spec(name)
+    config = write_config(get_spec(name))
+    assert family_of(config).read(config) == get_spec(name)
 
 
 def test_an_architecture_of_ones_own_reads_back() -> None:
-    base = spec("llama")
-    layers = (base.pattern[0], spec("gpt_oss").pattern[0], Layer(spec("gpt2").pattern[0].attn, base.pattern[0].mlp))
+    llama, gpt2 = get_spec("llama").pattern[0], get_spec("gpt2").pattern[0]
+    layers = (llama, get_spec("gpt_oss").pattern[0], Layer(gpt2.attn, llama.mlp))
     mixed = Spec(50, 64, 3, layers, 99, logit_scale=0.3)
     config = write_config(mixed)
     assert config["model_type"] == "oneblock"

@@ -22,7 +22,7 @@ from oneblock.data.packed import PackedDataset
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
 from oneblock.model import Decoder, init_weights
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.store import manifest
 from oneblock.text.train import byte_level
 from oneblock.train import checkpoint
@@ -36,7 +36,7 @@ LOOP = Loop(steps=3, batch=2, dtype="float32")
 
 
 def begin(optimizer: Optimizer, seed: int = 0, family: str = "llama") -> State:
-    model = Decoder(spec(family, vocab=256, dim=16, n_layers=2, n_heads=2, context=16))
+    model = Decoder(get_spec(family, vocab=256, dim=16, n_layers=2, n_heads=2, context=16))
     init_weights(model, seed)
     return start(model, optimizer)
 

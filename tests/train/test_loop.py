@@ -14,7 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.kernels.compiler import compiler_found
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.parallel.world import World
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.train.build import compiles, learner_for
 from oneblock.train.loop import Metrics, State, start, train
 from oneblock.train.losses import evaluate, next_token
@@ -27,7 +27,7 @@ TEXT = np.tile(np.arange(13, dtype=np.uint16), 40)
 
 
 def begin(seed: int = 0, **changes: object) -> State:
-    model = Decoder(spec("llama", vocab=16, dim=16, n_layers=2, n_heads=2, context=16, **changes))
+    model = Decoder(get_spec("llama", vocab=16, dim=16, n_layers=2, n_heads=2, context=16, **changes))
     init_weights(model, seed)
     return start(model, Optimizer(lr=1e-2))
 
@@ -96,11 +96,12 @@ def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
 
 
 def test_norms_biases_and_embeddings_do_not_decay() -> None:
-    untied = Decoder(spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, context=16, tied=False))
+    untied = Decoder(get_spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, context=16, tied=False))
     decayed = set(decayed_names(untied))
     assert {"blocks.0.attn.wq.weight", "blocks.0.mlp.down.weight", "head.weight"} <= decayed
     assert not {n for n in decayed if "norm" in n or n.endswith("bias") or "_in" in n or n.startswith(("embed", "pos"))}
-    assert "head.weight" not in decayed_names(Decoder(spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, tied=True)))
+    tied = Decoder(get_spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, tied=True))
+    assert "head.weight" not in decayed_names(tied)
     groups = build(untied, Optimizer(weight_decay=0.3)).param_groups
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert sum(len(g["params"]) for g in groups) == len(list(untied.parameters()))
@@ -279,7 +280,7 @@ def test_compiled_blocks_learn_the_same() -> None:
 
 
 def test_where_compiling_pays() -> None:
-    small = spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, context=64)
+    small = get_spec("llama", vocab=64, dim=64, n_layers=2, n_heads=2, context=64)
     assert not compiles(small, Loop(steps=10), 64)
     assert compiles(small, Loop(steps=10**9), 64) == compiler_found()
     assert compiles(small, Loop(compile="on"), 64)

@@ -14,7 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.parallel.world import World
 from oneblock.plan.activations import ActivationCheckpointing
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.train import cross_entropy as parts
 from oneblock.train.build import learner_for
 from oneblock.train.cross_entropy import cross_entropy
@@ -25,7 +25,7 @@ from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
 
 def decoder(family: str = "llama", **changes: object) -> Decoder:
-    model = Decoder(spec(family, vocab=97, dim=16, n_layers=2, n_heads=2, context=32, **changes))
+    model = Decoder(get_spec(family, vocab=97, dim=16, n_layers=2, n_heads=2, context=32, **changes))
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from oneblock.errors import OneblockError
 from oneblock.parallel.mesh import Mesh
 from oneblock.parallel.world import World
 from oneblock.plan import flops, params
-from oneblock.spec import spec
+from oneblock.spec import get_spec
 from oneblock.text.train import byte_level
 from oneblock.train import machine, preflight
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
@@ -156,7 +156,7 @@ def test_numbers_that_disagree(options: Train, job: Job) -> None:
     small = replace(job, tokenizer=byte_level())
     with pytest.raises(OneblockError, match=f"tokenizer has 256 tokens, but llama a vocabulary of {job.spec.vocab}"):
         check(small, options, found)
-    table = spec("gpt2", vocab=job.spec.vocab, dim=32, n_layers=1, n_heads=2, context=24)
+    table = get_spec("gpt2", vocab=job.spec.vocab, dim=32, n_layers=1, n_heads=2, context=24)
     with pytest.raises(OneblockError, match="--context is 32, but llama has a table of 24 positions"):
         check(replace(job, spec=table), options, found)
     with pytest.raises(OneblockError, match="--batch 12 does not divide by 5 ranks: give a multiple, such as 15"):

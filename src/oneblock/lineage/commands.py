@@ -14,8 +14,8 @@ from tyro.conf import Positional
 from oneblock.config import Range
 from oneblock.errors import OneblockError
 from oneblock.lineage import table
-from oneblock.plan import Plan, Run, describe, plan, train_run
-from oneblock.spec import FAMILIES, MODELS, Spec, spec
+from oneblock.plan import Plan, Run, describe, plan_model, train_run
+from oneblock.spec import FAMILIES, MODELS, Spec, get_spec
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def spec_of(name_or_path: str) -> Spec:
     path = Path(name_or_path)
     named = name_or_path.lower() in MODELS or name_or_path.lower().replace("-", "_") in FAMILIES
     if named or not (path.exists() or path.suffix == ".json" or len(path.parts) > 1):
-        return spec(name_or_path)
+        return get_spec(name_or_path)
     if not path.exists():
         raise OneblockError(f"no file or folder {name_or_path!r}: give a config.json, its folder, or a model's name")
     from oneblock.store.config import read_config
@@ -82,7 +82,7 @@ def models(options: Models) -> None:
     if not chosen:
         families = ", ".join(dict.fromkeys(m.family for m in MODELS.values()))
         raise OneblockError(f"no models of family {options.family!r}: choose from {families}")
-    rows = [table.model_row(m, spec(m.name)) for m in chosen]
+    rows = [table.model_row(m, get_spec(m.name)) for m in chosen]
     if options.json:
         print(jsonlib.dumps(rows, indent=1))
     else:
@@ -114,7 +114,7 @@ def compute_costs(name: str, options: Compare) -> Costs:
     """The plan and the training run of one model."""
     model = spec_of(name)
     run = train_run(model, options.context, options.tokens, options.gpu, options.gpus, options.mfu, options.price)
-    costs = plan(model, options.context, options.batch_size, options.dtype, options.image_tokens)
+    costs = plan_model(model, options.context, options.batch_size, options.dtype, options.image_tokens)
     return Costs(label(name), model, costs, run)
 
 

@@ -1,14 +1,8 @@
-"""The cost of a model, from its Spec alone: parameters, KV cache, FLOPs, bytes moved, memory, time and money.
-
-`oneblock.plan(spec, context=8192)` is `plan` below: the module can be called.
-"""
+"""The cost of a model, from its Spec alone: parameters, KV cache, FLOPs, bytes moved, memory, time and money."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 from oneblock.errors import OneblockError
 from oneblock.plan import cache, flops, memory, params, training
@@ -16,7 +10,7 @@ from oneblock.plan.memory import Serving, Training, TrainingConfig
 from oneblock.plan.training import BESIROGLU, GPUS, Gpu, Run, optimal_tokens
 from oneblock.spec import Spec
 
-__all__ = ["GPUS", "Gpu", "Plan", "Run", "Serving", "Training", "TrainingConfig", "plan", "train_run"]
+__all__ = ["GPUS", "Gpu", "Plan", "Run", "Serving", "Training", "TrainingConfig", "plan_model", "train_run"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Plan:
         return "float32" if memory.compute_bytes(self.dtype) == 4 else "16-bit"
 
 
-def plan(spec: Spec, context: int | None = None, batch: int = 1, dtype: str = "bfloat16", image: int = 0) -> Plan:
+def plan_model(spec: Spec, context: int | None = None, batch: int = 1, dtype: str = "bfloat16", image: int = 0) -> Plan:
     """Costs of `batch` sequences of `context` tokens (None: the model's context length), `image` image tokens each."""
     context = spec.context if context is None else context
     if context < 1 or batch < 1 or image < 0:
@@ -99,11 +93,3 @@ def train_run(
     per_token = flops.train(spec, context or spec.context, checkpointing)
     tokens = optimal_tokens(params.total(spec, active=True)) if tokens is None else tokens
     return training.run(per_token, tokens, training.gpu(gpu), gpus, utilisation, price)
-
-
-class _Callable(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Plan:
-        return plan(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -1,13 +1,6 @@
-"""What a model is: an architecture as a tree of frozen dataclasses, and the published ones by name.
+"""What a model is: an architecture as a tree of frozen dataclasses, and the published ones by name."""
 
-`oneblock.spec("llama-3-8b")` is `spec` below: the module can be called.
-"""
-
-import sys
-from types import ModuleType
-from typing import Any
-
-from oneblock.spec.names import FAMILIES, MODELS, Model, spec
+from oneblock.spec.names import FAMILIES, MODELS, Model, get_spec
 from oneblock.spec.parts import (
     Attention,
     DynamicNTK,
@@ -43,13 +36,5 @@ __all__ = [
     "RopeScaling",
     "Spec",
     "Yarn",
-    "spec",
+    "get_spec",
 ]
-
-
-class _Callable(ModuleType):
-    def __call__(self, name: str, **changes: Any) -> Spec:
-        return spec(name, **changes)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -57,10 +57,10 @@ MODELS: dict[str, Model] = {
 }
 
 
-def spec(name: str, **changes: Any) -> Spec:
+def get_spec(name: str, **changes: Any) -> Spec:
     """The Spec of a model (`"llama-3-8b"`), or of a family at its small default size (`"llama"`).
 
-    `changes` are the family builder's keywords: `spec("gpt2", n_layers=2)`. A name that is both is the model.
+    `changes` are the family builder's keywords: `get_spec("gpt2", n_layers=2)`. A name that is both is the model.
     """
     model = MODELS.get(name.lower())
     family = model.family if model else name.lower().replace("-", "_")

@@ -16,7 +16,7 @@ from oneblock.data.text import encode, read_texts
 from oneblock.data.tokens import Tokens, joined
 from oneblock.errors import OneblockError
 from oneblock.model import Dropout
-from oneblock.spec import Spec, spec
+from oneblock.spec import Spec, get_spec
 from oneblock.store import manifest, read_config
 from oneblock.text import Tokenizer
 from oneblock.text.train import byte_level, characters, train_bpe
@@ -166,7 +166,7 @@ def spec_for(options: Train, vocab: int) -> tuple[Spec, int]:
         return from_file(read_config(options.model)[0], options, vocab)
     if options.context is not None:
         changes["context"] = options.context
-    made = spec(options.model, vocab=vocab, **changes)
+    made = get_spec(options.model, vocab=vocab, **changes)
     return made, options.context or min(made.context, LONGEST)
 
 
