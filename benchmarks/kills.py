@@ -28,7 +28,8 @@ from oneblock.errors import OneblockError
 from oneblock.store import manifest
 from oneblock.train.checkpoint import newest
 
-SIZES = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "16", "--batch", "4", "--dtype", "float32"]
+SIZES = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "16", "--batch-size", "4"]
+SIZES += ["--dtype", "float32"]
 RUN = [*SIZES, "--steps", "200", "--log-every", "1", "--eval-every", "0", "--save-every", "9", "--dropout", "0.1"]
 RUN += ["--no-tensorboard", "--sample-tokens", "4", "--compile", "off"]
 

@@ -94,7 +94,10 @@ def steps(case: Case, device: torch.device, world: World) -> None:
     from oneblock.train.build import learner_for
     from oneblock.train.loop import TrainStep, start
 
-    loop, rows = Loop(recompute=case.recompute, device=str(device), compile="off"), case.batch // world.data_ranks
+    loop, rows = (
+        Loop(activation_checkpointing=case.recompute, device=str(device), compile="off"),
+        case.batch // world.data_ranks,
+    )
     model = Decoder(case.spec)
     init_weights(model, 0)
     model = model.to(device)

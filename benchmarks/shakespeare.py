@@ -51,10 +51,10 @@ def ours_setting(compile: bool) -> Train:
         model="qwen3",
         context=CONTEXT,
         sizes=Sizes(dim=128, n_layers=4, n_heads=4, n_kv_heads=1, head_dim=32, hidden_dim=340),
-        start=Start(zero_out=True, embed_std=0.3),
-        loop=Loop(steps=90, batch=32, seed=1337, compile="on" if compile else "off"),
+        start=Start(zero_init_residual=True, embed_std=0.3),
+        loop=Loop(steps=90, batch_size=32, seed=1337, compile="on" if compile else "off"),
         optimizer=Optimizer("muon", lr=3e-2, matrix_lr=2e-2, beta2=0.95, momentum=0.85),
-        schedule=Schedule("flat", warmup=4, decay=0.6),
+        schedule=Schedule("wsd", warmup=4, decay=0.6),
     )
 
 
@@ -65,11 +65,11 @@ def large_setting(minutes: float) -> Train:
         model="qwen3",
         context=256,
         sizes=Sizes(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, head_dim=64, hidden_dim=1024),
-        start=Start(zero_out=True, embed_std=0.3),
+        start=Start(zero_init_residual=True, embed_std=0.3),
         dropouts=Dropouts(embed_dropout=0.1, residual_dropout=0.1),
-        loop=Loop(seconds=60 * minutes, batch=32, seed=1337, compile="on"),
+        loop=Loop(seconds=60 * minutes, batch_size=32, seed=1337, compile="on"),
         optimizer=Optimizer("muon", lr=3e-3, matrix_lr=1e-2, beta2=0.95),
-        schedule=Schedule("flat", warmup=10, decay=0.7),
+        schedule=Schedule("wsd", warmup=10, decay=0.7),
     )
 
 

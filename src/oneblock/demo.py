@@ -79,10 +79,10 @@ def settings(text: Path, seed: int) -> Train:
         vocab=1024,
         context=128,
         sizes=Sizes(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, hidden_dim=512),
-        loop=Loop(batch=24, seed=seed),
-        start=Start(zero_out=True, embed_std=0.3),
+        loop=Loop(batch_size=24, seed=seed),
+        start=Start(zero_init_residual=True, embed_std=0.3),
         optimizer=Optimizer("muon", lr=3e-2, matrix_lr=2e-2, beta2=0.95, momentum=0.9),
-        schedule=Schedule("flat", warmup=10, decay=0.5),
+        schedule=Schedule("wsd", warmup=10, decay=0.5),
         watch=Watch(eval_every=0, eval_batches=16, save_every=0),
     )
 

@@ -173,7 +173,8 @@ def test_damage_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 # ------------------------------------------------------------------ learning from them
 
-TINY = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "24", "--batch", "4", "--dtype", "float32"]
+TINY = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "24", "--batch-size", "4"]
+TINY += ["--dtype", "float32"]
 QUICK = [*TINY, "--steps", "4", "--warmup", "1", "--no-tensorboard", "--sample-tokens", "4"]
 
 

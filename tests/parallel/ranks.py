@@ -29,8 +29,10 @@ from oneblock.train.machine import precision
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
 TEXT = Tokens([np.random.default_rng(0).integers(0, 64, 3000).astype(np.uint16)])
-LOOP = Loop(steps=10, batch=8, accumulate=2, dtype="float32")
-OPTIMIZER = Optimizer(lr=1e-2, clip=0.5, eps=1e-3)  # a step in proportion to the gradient, so that weights compare
+LOOP = Loop(steps=10, batch_size=8, gradient_accumulation_steps=2, dtype="float32")
+OPTIMIZER = Optimizer(
+    lr=1e-2, max_grad_norm=0.5, eps=1e-3
+)  # a step in proportion to the gradient, so that weights compare
 SIZES = {"vocab": 256, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "context": 32}
 
 
@@ -45,15 +47,15 @@ def fresh(world: World, family: str, seed: int = 0) -> State:
 def run(world: World, family: str, state: State | None = None, steps: int = 10) -> tuple[State, list[list[float]]]:
     """The state after the steps, and of each its loss, the norm of its gradient, and its tokens."""
     state = state or fresh(world, family)
-    learner = wrap(learner_for(state.model, LOOP, Objective(balance_weight=0.1), None, world), world)
-    batches = Loader(PackedDataset(TEXT, 32, LOOP.batch, 0), world.data_rank, world.data_ranks)
+    learner = wrap(learner_for(state.model, LOOP, Objective(load_balancing_weight=0.1), None, world), world)
+    batches = Loader(PackedDataset(TEXT, 32, LOOP.batch_size, 0), world.data_rank, world.data_ranks)
     found: list[list[float]] = []
 
     def observe(state: State, metrics: Metrics) -> None:
-        found.append([metrics.loss.item(), metrics.norm.item(), metrics.tokens])
+        found.append([metrics.loss.item(), metrics.grad_norm.item(), metrics.tokens])
 
     loop = Loop(**{**vars(LOOP), "steps": steps})
-    train(state, batches, learner, loop, OPTIMIZER, Schedule(warmup=2, schedule="flat"), observe, world)
+    train(state, batches, learner, loop, OPTIMIZER, Schedule(warmup=2, schedule="wsd"), observe, world)
     return state, found
 
 

@@ -132,11 +132,11 @@ def test_bad_meshes(text: str, ranks: int, said: str) -> None:
     ("mesh", "family", "options", "said"),
     [
         (Mesh(dp=2), "llama", Train(loop=Loop(seconds=9)), "give --steps"),
-        (Mesh(cp=3), "llama", Train(loop=Loop(batch=8)), "32 tokens do not divide by 2 x cp = 6"),
+        (Mesh(cp=3), "llama", Train(loop=Loop(batch_size=8)), "32 tokens do not divide by 2 x cp = 6"),
         (Mesh(cp=2), "llama", Train(documents=True), "--documents"),
         (Mesh(tp=4), "llama", Train(), "tp = 4 does not divide 4 heads, 2 KV heads"),
         (Mesh(ep=2), "llama", Train(), "has none"),
-        (Mesh(ep=3), "mixtral", Train(loop=Loop(batch=9)), "experts do not divide by ep = 3"),
+        (Mesh(ep=3), "mixtral", Train(loop=Loop(batch_size=9)), "experts do not divide by ep = 3"),
         (Mesh(tp=2), "olmo2", Train(), "norms over all heads"),
         (Mesh(tp=2), "mixtral", Train(), "does not split experts"),
         (Mesh(fsdp=2), "llama", Train(optimizer=Optimizer("muon")), "muon needs whole tensors"),
@@ -154,7 +154,8 @@ def test_what_cannot_be_shared(mesh: Mesh, family: str, options: Train, said: st
 
 # ------------------------------------------------------------------ the command
 
-TINY = ["--dim", "16", "--n-layers", "2", "--n-heads", "2", "--context", "16", "--batch", "4", "--dtype", "float32"]
+TINY = ["--dim", "16", "--n-layers", "2", "--n-heads", "2", "--context", "16", "--batch-size", "4"]
+TINY += ["--dtype", "float32"]
 QUICK = [*TINY, "--log-every", "1", "--warmup", "2", "--no-tensorboard", "--sample-tokens", "4", "--eval-every", "0"]
 
 

@@ -32,7 +32,7 @@ from oneblock.train.losses import next_token
 from oneblock.train.options import Loop, Optimizer, Schedule
 
 TEXT = np.tile(np.arange(200, dtype=np.uint16), 20)
-LOOP = Loop(steps=3, batch=2, dtype="float32")
+LOOP = Loop(steps=3, batch_size=2, dtype="float32")
 
 
 def begin(optimizer: Optimizer, seed: int = 0, family: str = "llama") -> State:
@@ -42,14 +42,14 @@ def begin(optimizer: Optimizer, seed: int = 0, family: str = "llama") -> State:
 
 
 def go(state: State, optimizer: Optimizer, steps: int) -> None:
-    loop = Loop(steps=steps, batch=2, dtype="float32")
+    loop = Loop(steps=steps, batch_size=2, dtype="float32")
     train(
         state,
         PackedDataset(TEXT, 16, 2, 0).batch,
         next_token,
         loop,
         optimizer,
-        Schedule(warmup=2, schedule="flat", decay=0.0),
+        Schedule(warmup=2, schedule="wsd", decay=0.0),
     )
 
 
@@ -210,7 +210,8 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------ kills
 
-TINY = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "16", "--batch", "2", "--dtype", "float32"]
+TINY = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "16", "--batch-size", "2"]
+TINY += ["--dtype", "float32"]
 RUN = [*TINY, "--steps", "60", "--log-every", "1", "--eval-every", "0", "--save-every", "7", "--warmup", "3"]
 RUN += ["--no-tensorboard", "--dropout", "0.1"]
 

@@ -22,7 +22,7 @@ from oneblock.train.machine import has_bf16, precision
 from oneblock.train.optim import batches_before, batches_in, build, decayed_names, share
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
-LOOP = Loop(steps=20, batch=4, dtype="float32")
+LOOP = Loop(steps=20, batch_size=4, dtype="float32")
 TEXT = np.tile(np.arange(13, dtype=np.uint16), 40)
 
 
@@ -33,7 +33,7 @@ def begin(seed: int = 0, **changes: object) -> State:
 
 
 def run(state: State, loop: Loop = LOOP, rows: PackedDataset | None = None) -> list[float]:
-    rows = rows or PackedDataset(TEXT, 12, loop.batch, loop.seed)
+    rows = rows or PackedDataset(TEXT, 12, loop.batch_size, loop.seed)
     losses: list[float] = []
 
     def observe(state: State, metrics: Metrics) -> None:
@@ -59,8 +59,8 @@ def test_two_runs_are_equal_to_the_bit() -> None:
 
 def test_accumulated_batches_are_one_large_batch() -> None:
     small, large = begin(), begin()
-    run(small, replace(LOOP, batch=2, accumulate=3, steps=5))
-    run(large, replace(LOOP, batch=6, steps=5))
+    run(small, replace(LOOP, batch_size=2, gradient_accumulation_steps=3, steps=5))
+    run(large, replace(LOOP, batch_size=6, steps=5))
     assert small.tokens == large.tokens == 5 * 6 * 12
     for a, b in zip(small.model.parameters(), large.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -108,7 +108,10 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
 
 
 def test_schedules() -> None:
-    cosine, flat = Schedule("cosine", warmup=10, final=0.1), Schedule("flat", warmup=10, decay=0.25, final=0.1)
+    cosine, flat = (
+        Schedule("cosine", warmup=10, min_lr_ratio=0.1),
+        Schedule("wsd", warmup=10, decay=0.25, min_lr_ratio=0.1),
+    )
     assert share(0.0, 0, cosine) == pytest.approx(0.1)  # a tenth of the warm-up
     assert share(0.5, 50, cosine) == pytest.approx(0.55)
     assert share(0.5, 50, flat) == share(0.75, 75, flat) == 1.0
@@ -123,9 +126,9 @@ def test_clipping_bounds_the_step() -> None:
     norms: list[float] = []
 
     def observe(state: State, metrics: Metrics) -> None:
-        norms.append(float(metrics.norm))
+        norms.append(float(metrics.grad_norm))
 
-    train(state, rows.batch, next_token, LOOP, Optimizer(lr=1e-2, clip=1e-3), Schedule(), observe)
+    train(state, rows.batch, next_token, LOOP, Optimizer(lr=1e-2, max_grad_norm=1e-3), Schedule(), observe)
     assert min(norms) > 1e-3  # the norm reported is the one before clipping
     grads = [p.grad for p in state.model.parameters()]
     assert grads == [None] * len(grads)
@@ -169,8 +172,8 @@ def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
         seen.append(n)
         return rows.batch(n)
 
-    loop = replace(LOOP, batch=2, accumulate=4, steps=6)
-    train(state, batch, next_token, loop, Optimizer(), Schedule(ramp=3))
+    loop = replace(LOOP, batch_size=2, gradient_accumulation_steps=4, steps=6)
+    train(state, batch, next_token, loop, Optimizer(), Schedule(batch_size_warmup_steps=3))
     assert seen == list(range(len(seen)))
     assert state.tokens == len(seen) * 2 * 12 == batches_before(6, 4, 3) * 24
 
@@ -184,7 +187,7 @@ def test_asked_to_stop_between_batches_it_leaves_the_step() -> None:
         state.stop = len(seen) == 7  # in the second step
         return next_token(model, batch)
 
-    train(state, rows.batch, loss, replace(LOOP, batch=2, accumulate=5), Optimizer(), Schedule())
+    train(state, rows.batch, loss, replace(LOOP, batch_size=2, gradient_accumulation_steps=5), Optimizer(), Schedule())
     assert len(seen) == 7
     assert state.step == 1
     assert state.tokens == 5 * 2 * 12
@@ -228,7 +231,7 @@ def test_a_bad_step_changes_nothing() -> None:
     kept: list[list[torch.Tensor]] = []
 
     def observe(state: State, metrics: Metrics) -> None:
-        goods.append(bool(metrics.good))
+        goods.append(bool(metrics.is_finite))
         assert state.ema is not None
         everything = [*state.model.parameters(), *state.ema.values()]
         everything += [x for p in state.model.parameters() for x in state.optimizer.state_of(p).values()]

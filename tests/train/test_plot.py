@@ -12,8 +12,16 @@ from oneblock.errors import OneblockError
 from oneblock.train.plot import draw, draw_all, draw_runs, smoothed, time_unit, tokens_unit
 
 ROWS = [
-    {"step": i, "loss": 3 + 5 / i, "lr": 1e-3 / i, "norm": 1.0, "tokens": 96 * i, "seconds": 0.1 * i, "speed": 960.0}
-    | {"mfu": 0.1, "memory": 5e8, "balance": 1.1, "max_load": 0.4, "min_load": 0.1}
+    {
+        "step": i,
+        "loss": 3 + 5 / i,
+        "lr": 1e-3 / i,
+        "grad_norm": 1.0,
+        "tokens": 96 * i,
+        "seconds": 0.1 * i,
+        "speed": 960.0,
+    }
+    | {"mfu": 0.1, "memory": 5e8, "load_balancing_loss": 1.1, "max_load": 0.4, "min_load": 0.1}
     for i in range(1, 60)
 ] + [{"step": 30, "val": 3.2, "val_ema": 3.3, "tokens": 2880, "seconds": 3.0}]
 

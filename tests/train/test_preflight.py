@@ -21,8 +21,8 @@ from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watc
 from oneblock.train.preflight import check, estimate, largest, named, need, peak_of, verdict
 from oneblock.train.prepare import Job, prepare
 
-FLAGS = ["--dim", "32", "--n-layers", "3", "--n-heads", "2", "--context", "32", "--batch", "12", "--steps", "2"]
-FLAGS += ["--accumulate", "2", "--dtype", "float32", "--no-tensorboard", "--eval-every", "0"]
+FLAGS = ["--dim", "32", "--n-layers", "3", "--n-heads", "2", "--context", "32", "--batch-size", "12", "--steps", "2"]
+FLAGS += ["--gradient-accumulation-steps", "2", "--dtype", "float32", "--no-tensorboard", "--eval-every", "0"]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def options(tmp_path: Path) -> Train:
         data=(path,),
         context=32,
         sizes=Sizes(dim=32, n_layers=3, n_heads=2),
-        loop=Loop(steps=100, batch=12, accumulate=2, dtype="float32"),
+        loop=Loop(steps=100, batch_size=12, gradient_accumulation_steps=2, dtype="float32"),
         out=tmp_path / "run",
     )
 
@@ -54,11 +54,11 @@ def test_the_estimate_is_plans(options: Train, job: Job) -> None:
     assert found.disk == 3 * found.checkpoint  # two are kept while the next is written
     assert found.memory.total > 4 * weights
     assert found.gpu is None and "n/a" in found.lines(options.loop)
-    ramp = replace(options, schedule=Schedule(ramp=100))
+    ramp = replace(options, schedule=Schedule(batch_size_warmup_steps=100))
     assert total / 2 < estimate(job, ramp).run.tokens < total
     average = replace(options, optimizer=Optimizer(ema=0.9))
     assert estimate(job, average).disk == 3 * 4 * weights + weights
-    again = replace(options, loop=replace(options.loop, recompute="full"))
+    again = replace(options, loop=replace(options.loop, activation_checkpointing="full"))
     assert estimate(job, again).run.flops == pytest.approx(4 / 3 * found.run.flops)
     assert estimate(job, again).memory.total < found.memory.total
 
@@ -111,8 +111,8 @@ def test_too_little_memory_is_refused_with_what_fits(options: Train, job: Job) -
         said = verdict(job, options, replace(estimate(job, options), have=have))
         assert said is not None and "of memory" in said
         for flags, size in re.findall(r"(--[^(]+) fits \(([^)]+)\)", said):
-            mode = "full" if "--recompute full" in flags else "none"
-            batch = re.search(r"--batch (\d+) --accumulate (\d+)", flags)
+            mode = "full" if "--activation-checkpointing full" in flags else "none"
+            batch = re.search(r"--batch-size (\d+) --gradient-accumulation-steps (\d+)", flags)
             rows, times = (int(batch[1]), int(batch[2])) if batch else (12, 2)
             assert rows * times == 24
             assert need(job, options, rows, mode, World()).total <= have
@@ -120,9 +120,9 @@ def test_too_little_memory_is_refused_with_what_fits(options: Train, job: Job) -
             assert all(need(job, options, n, mode, World()).total > have for n in larger)
             assert bytes_of(size) == pytest.approx(need(job, options, rows, mode, World()).total, rel=0.06, abs=1000)
             advised.add(flags.strip())
-    assert "--recompute full" in advised and len(advised) > 5
+    assert "--activation-checkpointing full" in advised and len(advised) > 5
     said = verdict(job, options, replace(estimate(job, options), have=least - 1))
-    assert said is not None and "even one row with --recompute full takes" in said
+    assert said is not None and "even one row with --activation-checkpointing full takes" in said
     assert verdict(job, options, replace(estimate(job, options), have=whole)) is None
 
 
@@ -159,7 +159,7 @@ def test_numbers_that_disagree(options: Train, job: Job) -> None:
     table = get_spec("gpt2", vocab=job.spec.vocab, dim=32, n_layers=1, n_heads=2, context=24)
     with pytest.raises(OneblockError, match="--context is 32, but llama has a table of 24 positions"):
         check(replace(job, spec=table), options, found)
-    with pytest.raises(OneblockError, match="--batch 12 does not divide by 5 ranks: give a multiple, such as 15"):
+    with pytest.raises(OneblockError, match="--batch-size 12 does not divide by 5 ranks: give a multiple, such as 15"):
         check(job, options, found, World(mesh=Mesh(dp=5)))
     check(job, options, found)
 
@@ -169,15 +169,15 @@ def test_the_command_refuses_before_anything_is_written(
 ) -> None:
     argv = ["train", "--data", str(options.data[0]), "--out", str(tmp_path / "run"), *FLAGS]
     assert main([*argv, "--dry-run"]) == 0
-    assert "gate    it fits" in capsys.readouterr().out
+    assert "check   it fits" in capsys.readouterr().out
     monkeypatch.setattr(preflight, "total_memory", lambda device: 100_000)  # a machine that has next to nothing
     assert main(argv) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: it needs about ") and "100 kB are free" in err and err.count("\n") == 1
     assert main([*argv, "--dry-run"]) == 0
-    assert "gate    it needs about" in capsys.readouterr().out
+    assert "check   it needs about" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert main([*argv, "--no-gate"]) == 0
+    assert main([*argv, "--no-preflight"]) == 0
     assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0  # as it began
 
 

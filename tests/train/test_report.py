@@ -12,7 +12,8 @@ from oneblock.train.options import Loop, Optimizer, Train
 from oneblock.train.report import changed, fenced, table
 from oneblock.train.run import Log, results
 
-FLAGS = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "24", "--batch", "4", "--dtype", "float32"]
+FLAGS = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "24", "--batch-size", "4"]
+FLAGS += ["--dtype", "float32"]
 FLAGS += ["--warmup", "3", "--log-every", "1", "--steps", "12", "--sample-tokens", "8", "--prompt", "7 times"]
 
 
@@ -58,7 +59,7 @@ def test_a_stopped_run_says_how_to_go_on(text: Path, tmp_path: Path, monkeypatch
             super().observe(state, metrics)
             state.stop = state.step == 5
 
-    monkeypatch.setattr(session, "Session", Stopped)
+    monkeypatch.setattr(session, "Trainer", Stopped)
     run = tmp_path / "run"
     assert main(["train", "--data", str(text), "--out", str(run), *FLAGS]) == 130
     said = (run / "report.md").read_text()
@@ -83,14 +84,14 @@ def test_results_are_read_off_the_rows() -> None:
 
 def test_what_is_no_number_is_left_out_of_the_log(tmp_path: Path) -> None:
     log = Log(tmp_path)
-    log.add({"step": 1, "loss": float("nan"), "norm": float("inf"), "lr": 0.1})
+    log.add({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "lr": 0.1}\n'
 
 
 def test_only_settings_that_were_changed() -> None:
     assert changed(Train()) == {}
-    options = Train(model="gpt2", data=(Path("a"),), loop=Loop(batch=3), optimizer=Optimizer(optimizer="muon"))
-    assert changed(options) == {"model": "gpt2", "batch": 3, "optimizer": "muon"}
+    options = Train(model="gpt2", data=(Path("a"),), loop=Loop(batch_size=3), optimizer=Optimizer(optimizer="muon"))
+    assert changed(options) == {"model": "gpt2", "batch_size": 3, "optimizer": "muon"}
 
 
 def test_markdown_that_the_content_cannot_break() -> None:

@@ -41,7 +41,7 @@ def options(tmp_path: Path) -> Train:
         data=(path,),
         context=24,
         sizes=Sizes(dim=16, n_layers=2, n_heads=2),
-        loop=Loop(steps=30, batch=4, dtype="float32"),
+        loop=Loop(steps=30, batch_size=4, dtype="float32"),
         optimizer=Optimizer(lr=1e-3),
         schedule=Schedule(warmup=3),
         watch=Watch(log_every=1, eval_every=0, save_every=0, tensorboard=False),
@@ -73,7 +73,7 @@ def test_each_look_says_how_fast_and_how_large(options: Train, tmp_path: Path) -
     found = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in found] == list(range(1, 31))
     for row in found:
-        assert row.keys() == {*("step", "loss", "lr", "norm", "tokens", "seconds", "speed", "mfu", "memory")}
+        assert row.keys() == {*("step", "loss", "lr", "grad_norm", "tokens", "seconds", "speed", "mfu", "memory")}
         per_token = row["mfu"] / row["speed"] * peak_of(session.options.loop)
         assert per_token == pytest.approx(6 * 2 * 3_000, rel=1)  # 6 FLOPs a weight of a product, and attention's
         assert 1e8 < row["memory"] < 64e9
@@ -86,7 +86,7 @@ def test_experts_are_seen(options: Train, tmp_path: Path) -> None:
     assert begin(replace(options, model="mixtral", sizes=sizes, watch=watch), run, steps=3).go()
     for row in rows(run / "metrics.jsonl"):
         assert 0 <= row["min_load"] <= row["max_load"] <= 1
-        assert row["balance"] >= 0.99
+        assert row["load_balancing_loss"] >= 0.99
     pictures = [value.image for _, value in events(run) if value.tag == "experts/load"]
     assert len(pictures) == 3
     assert pictures[0].height == 2 * 12  # a row for each layer
@@ -139,7 +139,7 @@ class Poison:
     def __call__(self, state: State, metrics: Metrics) -> None:
         if metrics.step == 2:
             state.model.embed.weight[self.token] = float("inf")
-        if not metrics.good:
+        if not metrics.is_finite:
             after = weights(state)
             assert all(torch.equal(p, after[name]) for name, p in self.before.items())
         self.before = weights(state)
@@ -192,7 +192,7 @@ def test_skipping_leaves_weights_and_moments_alone(options: Train, tmp_path: Pat
     session = begin(options, tmp_path / "run", nonfinite="skip")
     poison = Poison(session)
     assert session.go(poison)
-    bad = [m.step for m in poison.seen if not m.good]
+    bad = [m.step for m in poison.seen if not m.is_finite]
     assert bad and [row["step"] for row in rows(tmp_path / "run" / "nonfinite.jsonl")] == bad
     moments = load_file(tmp_path / "run" / "latest" / "optimizer.safetensors")
     steps = next(value for key, value in moments.items() if key.startswith("step."))
@@ -203,8 +203,21 @@ def test_without_hope_it_stops_also_when_skipping(
     options: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = tmp_path / "run", str(options.data[0])
-    flags = ["--context", "24", "--dim", "16", "--n-layers", "1", "--n-heads", "2", "--batch", "2", "--steps", "100"]
-    flags += ["--lr", "1e30", "--clip", "0", "--dtype", "float32", "--eval-every", "0", "--warmup", "0"]
+    flags = [
+        "--context",
+        "24",
+        "--dim",
+        "16",
+        "--n-layers",
+        "1",
+        "--n-heads",
+        "2",
+        "--batch-size",
+        "2",
+        "--steps",
+        "100",
+    ]
+    flags += ["--lr", "1e30", "--max-grad-norm", "0", "--dtype", "float32", "--eval-every", "0", "--warmup", "0"]
     assert main(["train", "--data", data, "--out", str(run), *flags, "--nonfinite", "skip", "--no-tensorboard"]) == 1
     said = capsys.readouterr().err
     assert f"all of the last {MOST} steps" in said and said.count("\n") == 1

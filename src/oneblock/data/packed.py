@@ -72,7 +72,7 @@ class PackedDataset:
     def batch(self, n: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The n-th batch of the run, or one rank's part of it."""
         if self.size % ranks:
-            raise OneblockError(f"a batch of {self.size} rows does not divide by {ranks} ranks: change --batch")
+            raise OneblockError(f"a batch of {self.size} rows does not divide by {ranks} ranks: change --batch-size")
         part = self.size // ranks
         first = n * self.size + rank * part
         places = [self.place(i) for i in range(first, first + part)]

@@ -32,7 +32,7 @@ def learner_for(
     """The model with its loss, ready to be wrapped by what exchanges gradients. `loop.compile` auto counts as off."""
     if loop.fp8:
         use_fp8(model)
-    recompute(model, loop.recompute)
+    recompute(model, loop.activation_checkpointing)
     if loop.compile == "on":
         keep_compiled()
         for block in model.blocks:
@@ -57,7 +57,7 @@ def compiles(spec: Spec, loop: Loop, context: int) -> bool:
         return False
     if loop.seconds is not None:
         return loop.seconds > 2 * PAYS
-    work = flops.train(spec, context) * loop.steps * loop.batch * loop.accumulate * context
+    work = flops.train(spec, context) * loop.steps * loop.batch_size * loop.gradient_accumulation_steps * context
     return work / peak_flops(device, product_dtype(loop)) > PAYS
 
 

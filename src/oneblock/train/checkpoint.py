@@ -58,7 +58,7 @@ class Saver:
 
     def __init__(self, run: Path, tokenizer: Tokenizer, data: str, keep: int, background: bool = False):
         """Collective where there are several ranks: they get a group of their own to agree on what was written."""
-        self.run, self.tokenizer, self.data, self.keep, self.background = run, tokenizer, data, max(keep, 1), background
+        self.run, self.tokenizer, self.data, self.keep, self.background = run, tokenizer, data, keep, background
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.group = dist.new_group(backend="gloo") if self.ranks > 1 else None
         self.thread: threading.Thread | None = None

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from oneblock.train.prepare import Job
 
 # What a resumed run may be told anew: how long to go on and what to look at, not what is learned from what.
-FREE = ("steps", "seconds", "device", "nonfinite", "gate", "dry_run", *(f for f in Train().watch.__dataclass_fields__))
+FREE = (
+    "steps",
+    "seconds",
+    "device",
+    "nonfinite",
+    "preflight",
+    "dry_run",
+    *(f for f in Train().watch.__dataclass_fields__),
+)
 
 # What decides about a model's tensors.
 SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
@@ -103,7 +111,7 @@ def judge(job: Job, options: Train, found: Estimate, world: World) -> None:
     from oneblock.train.preflight import verdict
 
     if world.first:
-        print(f"gate    {verdict(job, options, found, world) or 'it fits'}")
+        print(f"check   {verdict(job, options, found, world) or 'it fits'}")
 
 
 def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
@@ -200,7 +208,7 @@ def summary(job: Job, options: Train, found: Estimate | None = None) -> str:
 
     loop, spec = options.loop, job.spec
     found = found or estimate(job, options)
-    total, rows = round(found.run.tokens), loop.batch * loop.accumulate
+    total, rows = round(found.run.tokens), loop.batch_size * loop.gradient_accumulation_steps
     length = f"{loop.steps:,} steps of" if loop.seconds is None else f"{loop.seconds:,.0f} seconds of steps of"
     of = f" = {total:,} tokens, {total / job.tokens:.1f} epochs" if loop.seconds is None else ""
     of += ", compiled" if loop.compile == "on" else ""

@@ -30,7 +30,7 @@ class Routing:
         self.counts: Tensor | None = None  # (L, E), of all batches of the step so far
         for i, layer in enumerate(self.layers):
             layer.router.register_forward_hook(self._keep(i))
-        if objective.balance == "bias" and self.layers:
+        if objective.load_balancing == "bias" and self.layers:
             self._take_biases()
 
     def _keep(self, i: int) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -42,7 +42,7 @@ class Routing:
     def _take_biases(self) -> None:
         if any(layer.router.bias is None for layer in self.layers):
             raise OneblockError(
-                "--balance bias moves the routers' biases, and this model's have none: use --balance loss"
+                "--load-balancing bias moves the routers' biases, and this model's have none: use --load-balancing loss"
             )
         for layer in self.layers:
             layer.router.bias.requires_grad_(False)
@@ -56,8 +56,8 @@ class Routing:
         z = torch.stack(sums).mean()
         self.counts = counts if self.counts is None else self.counts + counts
         o = self.objective
-        extra = o.router_z_loss * z + (o.balance_weight * even if o.balance == "loss" else 0.0)
-        return extra, {"balance": even.detach(), "load": load}
+        extra = o.router_z_loss * z + (o.load_balancing_weight * even if o.load_balancing == "loss" else 0.0)
+        return extra, {"load_balancing_loss": even.detach(), "load": load}
 
     def _layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one layer: tokens each expert got (E,), the mean of the routers' shares (E,), and the z-loss."""
@@ -72,7 +72,7 @@ class Routing:
     @torch.no_grad()
     def update_expert_bias(self, good: Tensor) -> None:
         """After a good step: more bias for experts that got too few tokens, less for those that got too many."""
-        if self.objective.balance == "bias" and self.counts is not None:
+        if self.objective.load_balancing == "bias" and self.counts is not None:
             for layer, counts in zip(self.layers, self.counts, strict=True):
-                layer.router.bias.add_(self.objective.balance_weight * good * (counts.mean() - counts).sign())
+                layer.router.bias.add_(self.objective.load_balancing_weight * good * (counts.mean() - counts).sign())
         self.counts = None

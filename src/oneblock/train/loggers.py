@@ -24,9 +24,14 @@ ENLARGED = 12  # pixels of an expert in the picture of the load
 # Names under which dashboards group what belongs together
 TAGS = {
     **{"loss": "loss/training", "val": "loss/validation", "val_ema": "loss/validation_averaged"},
-    **{"lr": "step/learning_rate", "norm": "step/gradient_norm", "tokens": "step/tokens", "seconds": "step/seconds"},
+    **{
+        "lr": "step/learning_rate",
+        "grad_norm": "step/gradient_norm",
+        "tokens": "step/tokens",
+        "seconds": "step/seconds",
+    },
     **{"speed": "machine/tokens_per_second", "mfu": "machine/mfu", "memory": "machine/memory_gb"},
-    **{"balance": "experts/balance", "max_load": "experts/max_load", "min_load": "experts/min_load"},
+    **{"load_balancing_loss": "experts/balance", "max_load": "experts/max_load", "min_load": "experts/min_load"},
 }
 
 

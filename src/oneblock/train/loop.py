@@ -40,13 +40,13 @@ class Metrics:
 
     step: int  # steps done with this one
     loss: Tensor
-    norm: Tensor  # of the gradient, before clipping
-    good: Tensor  # False: loss or gradient were no numbers, and the weights stayed as they were
+    grad_norm: Tensor  # global norm before clipping
+    is_finite: Tensor  # False: loss or gradient norm is NaN or Inf, and the weights were not changed
     lr: float
     tokens: int  # in this step
     seconds: float  # since the run began, all sittings
     batches: range = range(0)  # the step's batches
-    seen: dict[str, Tensor] = field(default_factory=dict)  # what the loss shows beside itself
+    aux_metrics: dict[str, Tensor] = field(default_factory=dict)  # further metrics of the loss, by name
 
 
 Observe = Callable[[State, Metrics], None]
@@ -113,15 +113,15 @@ class StepResult:
     """What a step made."""
 
     loss: Tensor
-    norm: Tensor
-    good: Tensor
+    grad_norm: Tensor
+    is_finite: Tensor
     tokens: int
     batches: range
-    seen: dict[str, Tensor]
+    aux_metrics: dict[str, Tensor]
 
     def metrics(self, state: State, lr: float) -> Metrics:
-        rest = (self.tokens, state.seconds, self.batches, self.seen)
-        return Metrics(state.step, self.loss, self.norm, self.good, lr, *rest)
+        rest = (self.tokens, state.seconds, self.batches, self.aux_metrics)
+        return Metrics(state.step, self.loss, self.grad_norm, self.is_finite, lr, *rest)
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ class TrainStep:
 
     def update(self, state: State) -> StepResult | None:
         """One step of the optimizer; None where the run was asked to stop before its last batch."""
-        first = batches_before(state.step, self.loop.accumulate, self.schedule.ramp)
-        numbers = range(first, first + batches_in(state.step, self.loop.accumulate, self.schedule.ramp))
+        micro_batches, warmup = self.loop.gradient_accumulation_steps, self.schedule.batch_size_warmup_steps
+        first = batches_before(state.step, micro_batches, warmup)
+        numbers = range(first, first + batches_in(state.step, micro_batches, warmup))
         parts = [self.world.split(self.batches(n)) for n in numbers]
         device = next(state.model.parameters()).device
         count = self.world.total(torch.tensor(sum(part.count for part in parts), dtype=torch.float64, device=device))
@@ -151,7 +152,7 @@ class TrainStep:
             self.backward(part.to(device), weight, seen, last=part is parts[-1])
         seen = {key: self.world.total(value) for key, value in seen.items()}
         self.world.exchange(state.model)
-        norm = self.world.clip(state.model.parameters(), self.optimizer.clip or float("inf"))
+        norm = self.world.clip(state.model.parameters(), self.optimizer.max_grad_norm or float("inf"))
         good = torch.isfinite(norm) & torch.isfinite(seen["loss"])
         state.optimizer.step(good)
         state.optimizer.zero_grad()

@@ -25,14 +25,14 @@ class Guard:
         self.streak: list[Metrics] = []  # the newest steps, as far as all of them were bad
 
     def add(self, metrics: Metrics) -> None:
-        self.waiting.append(replace(metrics, seen={}))
+        self.waiting.append(replace(metrics, aux_metrics={}))
 
     def look(self) -> list[Metrics]:
         """The bad steps since the last look. On a GPU this waits for it."""
         if not self.waiting:
             return []
         steps, self.waiting = self.waiting, []
-        verdicts = torch.stack([m.good for m in steps]).tolist()
+        verdicts = torch.stack([m.is_finite for m in steps]).tolist()
         for metrics, good in zip(steps, verdicts, strict=True):
             self.streak = [] if good else [*self.streak, metrics]
         return [metrics for metrics, good in zip(steps, verdicts, strict=True) if not good]
@@ -41,7 +41,12 @@ class Guard:
         """A line for each: the step, its batches, its loss and norm."""
         with self.path.open("a", encoding="utf-8") as file:
             for m in bad:
-                row = {"step": m.step, "batches": list(m.batches), "loss": exact(m.loss), "norm": exact(m.norm)}
+                row = {
+                    "step": m.step,
+                    "batches": list(m.batches),
+                    "loss": exact(m.loss),
+                    "grad_norm": exact(m.grad_norm),
+                }
                 file.write(json.dumps(row) + "\n")
 
 
@@ -55,4 +60,4 @@ def told(m: Metrics) -> str:
     """`step 8: the loss is nan and the gradient's norm inf, in batches 14 and 15`."""
     numbers = [f"{n:,}" for n in m.batches]
     which = f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}"
-    return f"step {m.step:,}: the loss is {exact(m.loss)} and the gradient's norm {exact(m.norm)}, in {which}"
+    return f"step {m.step:,}: the loss is {exact(m.loss)} and the gradient's norm {exact(m.grad_norm)}, in {which}"

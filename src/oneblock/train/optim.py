@@ -138,7 +138,7 @@ def average(ema: dict[str, Tensor], model: nn.Module, decay: float, good: Tensor
 def share(progress: float, step: int, schedule: Schedule) -> float:
     """The learning rate as a share of its peak, `progress` (0 to 1) into the run."""
     warm = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
-    return warm * (schedule.final + (1 - schedule.final) * shape(progress, schedule))
+    return warm * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape(progress, schedule))
 
 
 def shape(progress: float, schedule: Schedule) -> float:

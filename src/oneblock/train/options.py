@@ -1,132 +1,161 @@
-"""What a training run can be told; each field is a flag and a TOML key. No torch here."""
+"""Options of a training run: each field is a flag and a TOML key, and its comment is the help text. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from oneblock.config import SEED, Range, check_ranges
+
+Natural = Annotated[int, Range(low=1)]
+Count = Annotated[int, Range(low=0)]
+Probability = Annotated[float, Range(low=0, below=1)]
+Share = Annotated[float, Range(low=0, high=1)]
+Rate = Annotated[float, Range(low=0)]
+Weight = Annotated[float, Range(low=0)]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model's sizes; what is not given stays as the model's name has it."""
+    """Sizes that override those of the named model."""
 
-    dim: int | None = None  # width of the stream
-    n_layers: int | None = None
-    n_heads: int | None = None
-    n_kv_heads: int | None = None  # fewer than heads: grouped-query attention
-    head_dim: int | None = None
-    hidden_dim: int | None = None  # width of the feed-forward
+    dim: Annotated[int | None, Range(low=1)] = None  # model dimension (width of the residual stream)
+    n_layers: Annotated[int | None, Range(low=1)] = None  # number of blocks
+    n_heads: Annotated[int | None, Range(low=1)] = None  # number of attention heads
+    n_kv_heads: Annotated[int | None, Range(low=1)] = None  # number of KV heads; below n_heads: grouped-query attention
+    head_dim: Annotated[int | None, Range(low=1)] = None  # dimension of one attention head
+    hidden_dim: Annotated[int | None, Range(low=1)] = None  # intermediate dimension of the MLP
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Start:
-    """The weights that training begins with."""
+    """Weight initialisation."""
 
-    zero_out: bool = False  # what writes to the stream begins at zero, so that every block passes it on as it is
-    embed_std: float | None = None  # spread of the embedding; without it: as all matrices
+    zero_init_residual: bool = False  # zero-initialise `wo` and `down`, so that each block starts as the identity
+    embed_std: Annotated[float | None, Range(low=0)] = None  # standard deviation of the embedding; default: as matrices
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Probabilities; the four others take `dropout` where they are not given."""
+    """Dropout probabilities; the four specific ones default to `dropout`."""
 
-    dropout: float = 0.0
-    embed_dropout: float | None = None
-    attn_dropout: float | None = None
-    residual_dropout: float | None = None
-    mlp_dropout: float | None = None
+    dropout: Probability = 0.0  # dropout probability everywhere
+    embed_dropout: Annotated[float | None, Range(low=0, below=1)] = None  # dropout of the embeddings
+    attn_dropout: Annotated[float | None, Range(low=0, below=1)] = None  # dropout of the attention weights
+    residual_dropout: Annotated[float | None, Range(low=0, below=1)] = None  # dropout of each block's two outputs
+    mlp_dropout: Annotated[float | None, Range(low=0, below=1)] = None  # dropout of the MLP's hidden activations
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What moves the weights. Norms, biases and embeddings are not decayed unless asked."""
+    """The optimizer. Norms, biases and embeddings get no weight decay unless `decay_all` is set."""
 
-    # adamw (arXiv:1711.05101); muon (arXiv:2502.16982) for the blocks' matrices with AdamW for the rest;
-    # adamw8bit (arXiv:2110.02861): moments in 8 bits, by torchao
+    # adamw (arXiv:1711.05101); muon (arXiv:2502.16982) for the matrices of the blocks and AdamW for the others;
+    # adamw8bit (arXiv:2110.02861): AdamW with 8-bit moments, needs torchao
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    lr: float = 1e-3  # learning rate at its peak
-    matrix_lr: float | None = None  # of Muon's matrices, on AdamW's scale; without it: lr
-    beta1: float = 0.9
-    beta2: float = 0.99
-    momentum: float = 0.95  # Muon's
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    decay_all: bool = False  # decay norms, biases and embeddings too
-    clip: float = 1.0  # largest norm of the gradient; 0: any
-    ema: float = 0.0  # decay of a running average of the weights, 0.999 or so; 0: none is kept
+    lr: Rate = 1e-3  # peak learning rate
+    matrix_lr: Annotated[float | None, Range(above=0)] = None  # peak learning rate of Muon's matrices; default: lr
+    beta1: Probability = 0.9  # AdamW: decay of the first moment
+    beta2: Probability = 0.99  # AdamW: decay of the second moment
+    momentum: Probability = 0.95  # Muon: momentum
+    eps: Annotated[float, Range(above=0)] = 1e-8  # AdamW: added to the denominator
+    weight_decay: Weight = 0.1  # decoupled weight decay
+    decay_all: bool = False  # apply weight decay to norms, biases and embeddings too
+    max_grad_norm: Rate = 1.0  # clip the global gradient norm to this; 0: no clipping
+    ema: Probability = 0.0  # decay of the exponential moving average (EMA) of the weights, e.g. 0.999; 0: no EMA
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a run, as shares of `lr`, and the size of a step."""
+    """Learning rate and batch size over the run."""
 
-    schedule: Literal["cosine", "linear", "flat"] = "cosine"  # flat: constant, then a straight line down
-    warmup: int = 100  # steps
-    decay: float = 0.3  # share of the run that the flat schedule goes down for
-    final: float = 0.0  # share of lr at the end
-    ramp: int = 0  # steps over which a step grows from one batch to all of --accumulate
+    # learning-rate schedule after the warmup; wsd (warmup-stable-decay): constant, then linear decay
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    warmup: Count = 100  # steps of linear learning-rate warmup
+    decay: Share = 0.3  # share of the run that the wsd schedule decays for
+    min_lr_ratio: Share = 0.0  # final learning rate as a share of lr
+    batch_size_warmup_steps: Count = 0  # steps in which the accumulated micro-batches grow from 1 to the full number
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is added to the cross-entropy; 0: nothing."""
+    """Auxiliary losses added to the cross-entropy; 0: none."""
 
-    z_loss: float = 0.0  # times the squared log of the softmax's sum: keeps logits near zero (arXiv:2204.02311)
-    # Experts get equal shares of the tokens by a loss (arXiv:2101.03961), or by steering the router's bias, where the
-    # model has one (arXiv:2408.15664)
-    balance: Literal["loss", "bias", "none"] = "loss"
-    balance_weight: float = 0.01  # of that loss; or the size of the bias's steps
-    router_z_loss: float = 0.0  # the same as z_loss for the router's logits (arXiv:2202.08906)
+    z_loss: Weight = 0.0  # weight of the squared log-sum-exp of the logits (arXiv:2204.02311)
+    # how experts get an even load: an auxiliary loss (arXiv:2101.03961), or updates of the router's bias, for models
+    # that have one (arXiv:2408.15664)
+    load_balancing: Literal["loss", "bias", "none"] = "loss"
+    load_balancing_weight: Weight = 0.01  # weight of the load-balancing loss, or step size of the bias updates
+    router_z_loss: Weight = 0.0  # weight of the router logits' z-loss (arXiv:2202.08906)
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Loop:
-    steps: int = 1000
-    seconds: float | None = None  # train for this long instead of for a number of steps
-    batch: int = 16  # rows that go through the model at once, on all ranks together
-    accumulate: int = 1  # batches in one step of the optimizer
-    seed: int = 0
-    device: str = "cpu"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; auto: bfloat16 where the machine has it
-    fp8: bool = False  # products in 8-bit floats, by torchao: GPUs since Hopper
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it pays
-    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing: less memory, more time
-    nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is no number: weights stay as they are
-    workers: int = 0  # processes that prepare batches; 0: none, a batch is made when it is needed
-    mesh: str = ""  # how ranks share the work, such as "dp=8 tp=4" (docs/parallel.md); without it: dp
+    """Length, batch size, precision and parallelism of the training loop."""
+
+    steps: Natural = 1000  # optimizer steps
+    seconds: Annotated[float | None, Range(above=0)] = None  # train for this many seconds instead of a number of steps
+    batch_size: Natural = 16  # sequences per micro-batch, over all ranks
+    gradient_accumulation_steps: Natural = 1  # micro-batches per optimizer step
+    seed: Annotated[int, SEED] = 0  # seed of weights, data order and dropout
+    device: str = "cpu"  # cpu, cuda, cuda:1 ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast dtype; auto: bfloat16 where the hardware has it
+    fp8: bool = False  # float8 matmuls by torchao, needs an Ada, Hopper or newer GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the blocks; auto: where it pays
+    # activation checkpointing: recompute activations in the backward pass; selective: keep the results of matmuls
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    nonfinite: Literal["stop", "skip"] = "stop"  # on a NaN or Inf loss or gradient: stop the run, or skip the step
+    workers: Annotated[int, Range(low=0, high=1024)] = 0  # processes that prepare batches; 0: in the training process
+    mesh: str = ""  # parallelism degrees such as "dp=8 tp=4" (docs/parallel.md); default: dp over all ranks
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What is looked at and saved on the way; 0: never."""
+    """Logging, validation, samples and checkpoints; an interval of 0: never."""
 
-    log_every: int = 10
-    eval_every: int = 250
-    eval_batches: int = 0  # batches of the validation text; 0: all of it
-    sample_every: int = 0
-    sample_tokens: int = 120
-    prompt: str = "\n"
-    save_every: int = 500
-    keep: int = 2  # newest checkpoints that stay
-    async_save: Literal["auto", "on", "off"] = "auto"  # write checkpoints while training goes on; auto: on GPUs
-    tensorboard: bool = True  # event files in the run's folder
-    track: tuple[Literal["trackio", "wandb"], ...] = ()  # also report to these
+    log_every: Count = 10  # steps between log lines
+    eval_every: Count = 250  # steps between validations
+    eval_batches: Count = 0  # validation batches; 0: all of the validation data
+    sample_every: Count = 0  # steps between text samples
+    sample_tokens: Natural = 120  # tokens of a sample
+    prompt: str = "\n"  # prompt of the samples
+    save_every: Count = 500  # steps between checkpoints
+    keep: Natural = 2  # newest checkpoints to keep
+    async_save: Literal["auto", "on", "off"] = "auto"  # write checkpoints in the background; auto: on GPUs
+    tensorboard: bool = True  # write TensorBoard event files into the run folder
+    track: tuple[Literal["trackio", "wandb"], ...] = ()  # also log to these trackers
+
+    __post_init__ = check_ranges
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a model on text files."""
 
-    data: tuple[Path, ...] = ()  # text files to learn from, or folders of `oneblock data prepare`
-    weights: tuple[float, ...] = ()  # shares of those folders in what is learned; without them: by their tokens
-    documents: bool = False  # attention and positions stay inside each document of a row
-    val: tuple[Path, ...] = ()  # text files to validate on; without them: the end of the data
-    val_share: float = 0.1  # of the data, kept for validation where --val is not given
+    data: tuple[Path, ...] = ()  # text files to train on, or folders written by `oneblock data prepare`
+    weights: Annotated[tuple[float, ...], Range(low=0)] = ()  # sampling weights of the folders; default: their tokens
+    documents: bool = False  # attention and positions stay within each document of a packed sequence
+    val: tuple[Path, ...] = ()  # validation text files; default: the end of the data
+    val_share: Probability = 0.1  # share of the data held out for validation if --val is not given
     tokenizer: str = "chars"  # chars, bytes, bpe (with --vocab), or a folder with a tokenizer
-    vocab: int = 4096  # tokens that bpe learns
-    model: str = "llama"  # a family or model name (oneblock models), or a config.json
-    context: int | None = None  # tokens in a row; without it: the model's, at most 1024
+    vocab: Natural = 4096  # vocabulary size of a bpe tokenizer
+    model: str = "llama"  # architecture: a model or family name (oneblock models), or a config.json
+    context: Annotated[int | None, Range(low=1)] = None  # sequence length; default: the model's, at most 1024
     sizes: Sizes = field(default_factory=Sizes)
     start: Start = field(default_factory=Start)
     dropouts: Dropouts = field(default_factory=Dropouts)
@@ -135,9 +164,11 @@ class Train:
     schedule: Schedule = field(default_factory=Schedule)
     objective: Objective = field(default_factory=Objective)
     watch: Watch = field(default_factory=Watch)
-    out: Path | None = None  # the run's folder; without it: runs/ and the next number
-    resume: Path | None = None  # a run's folder, to go on from its last checkpoint
-    allow_changes: bool = False  # resume although settings differ from those the run began with
-    config: Path | None = None  # a TOML file with any of these settings
-    gate: bool = True  # refuse a run that the machine's memory or disk cannot hold
-    dry_run: bool = False  # say what it would need, and stop
+    out: Path | None = None  # run folder; default: runs/N with the next free number
+    resume: Path | None = None  # run folder to continue from its newest checkpoint
+    allow_changes: bool = False  # resume although settings differ from the recorded ones
+    config: Path | None = None  # TOML file with any of these options
+    preflight: bool = True  # refuse a run that does not fit in memory or on disk
+    dry_run: bool = False  # print what the run needs, then exit
+
+    __post_init__ = check_ranges

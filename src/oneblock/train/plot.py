@@ -156,7 +156,7 @@ def load(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def balance(axes: Axes, rows: Sequence[Row]) -> None:
-    if found := points(rows, "step", "balance"):
+    if found := points(rows, "step", "load_balancing_loss"):
         axes.plot(*zip(*found, strict=True), color=THIRD, linewidth=1.5)
     plain(axes)
     axes.set(xlabel="step", ylabel="balance (1: even)")

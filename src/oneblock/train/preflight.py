@@ -65,11 +65,15 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
     world, loop = world or World(), options.loop
     device = use_device(loop.device)
     known = gpu_of(device)
-    peak, per_token = peak_of(loop), flops.train(job.spec, job.context, loop.recompute == "full")
+    peak, per_token = peak_of(loop), flops.train(job.spec, job.context, loop.activation_checkpointing == "full")
     here = replace(known or Gpu("", 0, 0, 0, 0), flops=peak)
-    row = loop.batch * job.context
+    row = loop.batch_size * job.context
     if loop.seconds is None:
-        steps, total = loop.steps, batches_before(loop.steps, loop.accumulate, options.schedule.ramp) * row
+        steps, total = (
+            loop.steps,
+            batches_before(loop.steps, loop.gradient_accumulation_steps, options.schedule.batch_size_warmup_steps)
+            * row,
+        )
     else:
         steps, total = None, round(loop.seconds * world.size * peak * UTILISATION / per_token)
     took = run(per_token, total, here, world.size, UTILISATION, None)
@@ -77,7 +81,7 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
         took = replace(took, seconds=loop.seconds)
     each = checkpoint_bytes(job, options)
     return Estimate(
-        memory=need(job, options, loop.batch, loop.recompute, world),
+        memory=need(job, options, loop.batch_size, loop.activation_checkpointing, world),
         have=total_memory(device),
         base=peak_memory(device),
         steps=steps,
@@ -87,7 +91,7 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
         dtype=product_dtype(loop),
         devices=world.size,
         checkpoint=each,
-        disk=each * (max(options.watch.keep, 1) + 1) + 4 * params.total(job.spec) * bool(options.optimizer.ema),
+        disk=each * (options.watch.keep + 1) + 4 * params.total(job.spec) * bool(options.optimizer.ema),
         free=free_disk(options.resume or options.out or Path("runs")),
     )
 
@@ -99,7 +103,7 @@ def need(job: Job, options: Train, batch: int, recompute: ActivationCheckpointin
         dtype=str(product_dtype(loop)).removeprefix("torch."),
         activation_checkpointing=recompute,
         optimizer=optimizer.optimizer,
-        accumulate=loop.accumulate > 1 or world.copies,  # DistributedDataParallel keeps its buckets
+        accumulate=loop.gradient_accumulation_steps > 1 or world.copies,  # DistributedDataParallel keeps its buckets
         ema=bool(optimizer.ema),
         cpu=torch.device(loop.device).type == "cpu",
         parallelism=over(world.mesh),
@@ -159,12 +163,12 @@ def check(job: Job, options: Train, found: Estimate, world: World | None = None)
     world = world or World()
     shapes(job, options, world)
     sinks.check(options.watch)
-    if options.gate and (wrong := verdict(job, options, found, world)):
-        raise OneblockError(f"{wrong}; --no-gate tries all the same")
+    if options.preflight and (wrong := verdict(job, options, found, world)):
+        raise OneblockError(f"{wrong}; --no-preflight tries all the same")
 
 
 def shapes(job: Job, options: Train, world: World) -> None:
-    spec, rows, vocab = job.spec, options.loop.batch, job.tokenizer.vocab_size
+    spec, rows, vocab = job.spec, options.loop.batch_size, job.tokenizer.vocab_size
     if vocab > spec.vocab:
         raise OneblockError(
             f"the tokenizer has {vocab:,} tokens, but {options.model} a vocabulary of {spec.vocab:,}: "
@@ -177,7 +181,7 @@ def shapes(job: Job, options: Train, world: World) -> None:
         )
     if rows % world.data_ranks:
         raise OneblockError(
-            f"--batch {rows} does not divide by {world.data_ranks} ranks: give a multiple, such as "
+            f"--batch-size {rows} does not divide by {world.data_ranks} ranks: give a multiple, such as "
             f"{-(-rows // world.data_ranks) * world.data_ranks}"
         )
 
@@ -203,26 +207,27 @@ def remedies(job: Job, options: Train, have: int, world: World) -> str:
     """The largest batches that fit, as they are and with everything computed again."""
     found: list[str] = []
     loop, best = options.loop, 0
-    modes: tuple[ActivationCheckpointing, ...] = (loop.recompute, "full")
+    modes: tuple[ActivationCheckpointing, ...] = (loop.activation_checkpointing, "full")
     for mode in dict.fromkeys(modes):
         rows = largest(job, options, have, mode, world)
-        again = "--recompute full" if mode != loop.recompute else ""
+        again = "--activation-checkpointing full" if mode != loop.activation_checkpointing else ""
         if rows > best:
             best = rows
-            same = rows == loop.batch
-            batch = "" if same else f"--batch {rows} --accumulate {loop.batch * loop.accumulate // rows}"
+            same = rows == loop.batch_size
+            steps = loop.batch_size * loop.gradient_accumulation_steps // rows
+            batch = "" if same else f"--batch-size {rows} --gradient-accumulation-steps {steps}"
             flags = " ".join(part for part in (again, batch) if part)
             found.append(f"{flags} fits ({size(need(job, options, rows, mode, world).total)})")
     if found:
         return ", or ".join(found)
     least = need(job, options, world.data_ranks, "full", world).total
-    return f"even one row with --recompute full takes {size(least)}; make the model or --context smaller"
+    return f"even one row with --activation-checkpointing full takes {size(least)}; make the model or --context smaller"
 
 
 def largest(job: Job, options: Train, have: int, mode: ActivationCheckpointing, world: World) -> int:
     """The largest batch that fits and divides the rows of a step; 0: none."""
-    rows = options.loop.batch * options.loop.accumulate
-    for batch in range(options.loop.batch, 0, -1):
+    rows = options.loop.batch_size * options.loop.gradient_accumulation_steps
+    for batch in range(options.loop.batch_size, 0, -1):
         fair = batch % world.data_ranks == 0 and rows % batch == 0
         if fair and need(job, options, batch, mode, world).total <= have:
             return batch

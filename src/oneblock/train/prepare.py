@@ -43,12 +43,11 @@ class Job:
         return sum(map(len, self.texts))
 
     def rows(self, loop: Loop) -> PackedDataset:
-        return PackedDataset(self.texts, self.context, loop.batch, loop.seed, self.weights, self.documents)
+        return PackedDataset(self.texts, self.context, loop.batch_size, loop.seed, self.weights, self.documents)
 
 
 def prepare(options: Train, tokenizer: Tokenizer | None = None) -> Job:
     """Read, tokenise and split the text, and size the model to it. `tokenizer`: a resumed run's own."""
-    check(options)
     shards = [path for path in options.data if is_shards(path)]
     if shards and len(shards) < len(options.data):
         other = next(path for path in options.data if path not in shards)
@@ -118,27 +117,6 @@ def from_shards(options: Train) -> Found:
         texts[0], val = split(texts[0], options.val_share)
     marks = "-".join(str(manifest.sum_of(found.folder / manifest.MANIFEST)["sha256"])[:8] for found in folders)
     return Found(tokenizer, tuple(texts), val, f"{sum(map(len, texts))}-{marks}")
-
-
-def check(options: Train) -> None:
-    """Numbers that no run can be made of."""
-    loop = options.loop
-    for name, value, least in (
-        ("--steps", loop.steps, 1),
-        ("--batch", loop.batch, 1),
-        ("--accumulate", loop.accumulate, 1),
-        ("--context", 1 if options.context is None else options.context, 1),
-        ("--seed", loop.seed, 0),
-        ("--lr", options.optimizer.lr, 0),
-        ("--warmup", options.schedule.warmup, 0),
-    ):
-        if value < least:
-            raise OneblockError(f"{name} is {value}, but it must be at least {least}")
-    if not 0 <= options.val_share < 1:
-        raise OneblockError(f"--val-share is {options.val_share}, but it must lie between 0 and 1")
-    for name, p in asdict(options.dropouts).items():
-        if p is not None and not 0 <= p < 1:
-            raise OneblockError(f"--{name.replace('_', '-')} is {p}, but it must be at least 0 and below 1")
 
 
 def tokenizer_for(options: Train, texts: Sequence[str]) -> Tokenizer:

@@ -73,7 +73,10 @@ def trained(session: Trainer) -> Iterator[tuple[str, str]]:
     job, options = session.job, session.options
     spec = job.spec
     yield "Model", f"{options.model}: {spec.n_layers} layers of {spec.dim}, {params.total(spec):,} parameters"
-    yield "Rows", f"{options.loop.batch * options.loop.accumulate} of {job.context:,} tokens in a step"
+    yield (
+        "Rows",
+        f"{options.loop.batch_size * options.loop.gradient_accumulation_steps} of {job.context:,} tokens in a step",
+    )
     yield "Data", ", ".join(f"`{path}`" for path in options.data) or "none"
     yield "To learn from", f"{job.tokens:,} tokens, vocabulary {job.tokenizer.vocab_size:,}"
     if job.val is not None:

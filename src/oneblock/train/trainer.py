@@ -41,7 +41,7 @@ from oneblock.train.run import Log
 def fresh(job: Job, options: Train, world: World | None = None) -> State:
     """Step 0, on every rank its part."""
     model = Decoder(job.spec)
-    init_weights(model, options.loop.seed, options.start.zero_out, options.start.embed_std)
+    init_weights(model, options.loop.seed, options.start.zero_init_residual, options.start.embed_std)
     model = model.to(use_device(options.loop.device))
     parallelize.apply(model, world or World())
     return start(model, options.optimizer)
@@ -177,14 +177,14 @@ class Trainer:
     # ------------------------------------------------------------------ looking
 
     def read(self, metrics: Metrics) -> None:
-        loss, norm, tokens, at = float(metrics.loss), float(metrics.norm), *self.window
+        loss, norm, tokens, at = float(metrics.loss), float(metrics.grad_norm), *self.window
         now = time.perf_counter()
         self.window = (self.state.tokens, now)
         speed = (self.state.tokens - tokens) / max(now - at, 1e-9)
         machine = {"speed": speed, "mfu": speed / self.peak, "memory": peak_memory(self.device)}
         self.add(
-            {"step": metrics.step, "loss": loss, "lr": metrics.lr, "norm": norm, "tokens": self.state.tokens}
-            | {"seconds": metrics.seconds, **machine, **self.experts(metrics.step, metrics.seen)}
+            {"step": metrics.step, "loss": loss, "lr": metrics.lr, "grad_norm": norm, "tokens": self.state.tokens}
+            | {"seconds": metrics.seconds, **machine, **self.experts(metrics.step, metrics.aux_metrics)}
         )
         progress = done(self.state, self.options.loop)
         left = metrics.seconds / progress * (1 - progress)
@@ -193,7 +193,7 @@ class Trainer:
 
     def experts(self, step: int, seen: dict[str, Tensor]) -> dict[str, float]:
         """How evenly experts are used; nothing where there are none."""
-        found = {"balance": float(seen["balance"])} if "balance" in seen else {}
+        found = {"load_balancing_loss": float(seen["load_balancing_loss"])} if "load_balancing_loss" in seen else {}
         if (load := seen.get("load")) is None:
             return found
         for sink in self.sinks:
@@ -248,7 +248,7 @@ class Trainer:
     def held_out(self, ids: Tokens) -> float:
         """The loss on the validation text, or on its first batches."""
         options = self.options
-        batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch, self.job.documents)
+        batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch_size, self.job.documents)
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
         shared = self.world.share(batches)
