@@ -134,7 +134,7 @@ def test_a_configuration_stands_in_for_a_name(capsys: pytest.CaptureFixture[str]
 
 def test_diff(capsys: pytest.CaptureFixture[str]):
     out = run(capsys, "diff", "llama-2-7b", "llama-3-8b")
-    assert "32 query heads of 128 sharing 8 KV heads" in out
+    assert "32 query heads of 128, 8 KV heads (GQA)" in out
     changes = rows(capsys, "diff", "gpt1", "gpt2")
     assert changes[-1] == {"what": "final norm", "before": "none", "after": "yes"}
 

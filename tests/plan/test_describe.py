@@ -1,4 +1,4 @@
-"""Architectures in words: no difference goes unsaid."""
+"""Descriptions of architectures: every difference shows."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -57,7 +57,7 @@ def mutations_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def absent(name: str) -> Iterator[tuple[str, Any]]:
-    """Something where nothing was."""
+    """A value for an absent part."""
     values: dict[str, Any] = {
         "rope": Rope(),
         "qk_norm": "head",
@@ -75,12 +75,12 @@ SPECS += [(type(s).__name__, FAMILIES["llama"](rope=Rope(scaling=s))) for s in S
 
 
 @pytest.mark.parametrize(("name", "built"), SPECS, ids=[name for name, _ in SPECS])
-def test_no_changed_value_goes_unsaid(name: str, built: Spec):
-    found = list(mutations(built))
-    assert len(found) > 25
-    for path, other in found:
+def test_every_changed_value_shows(name: str, built: Spec):
+    changed = list(mutations(built))
+    assert len(changed) > 25
+    for path, other in changed:
         if other != built:
-            assert diff(built, other), f"{name}: nothing said of {path}"
+            assert diff(built, other), f"{name}: no change shown for {path}"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -88,50 +88,52 @@ def test_a_model_does_not_differ_from_itself(name: str):
     assert diff(get_spec(name), get_spec(name)) == []
 
 
-def said(before: str, after: str) -> list[str]:
+def changes(before: str, after: str) -> list[str]:
     return [str(change) for change in diff(get_spec(before), get_spec(after))]
 
 
 def test_from_gpt_1_to_gpt_2():
-    assert said("gpt1", "gpt2") == [
+    assert changes("gpt1", "gpt2") == [
         "vocabulary: 40,478 tokens -> 50,257 tokens",
         "context: 512 tokens -> 1,024 tokens",
         "positions: learned positions (512) -> learned positions (1,024)",
-        "residual: a norm after each sum -> a norm before each branch",
+        "residual: post-norm -> pre-norm",
         "final norm: none -> yes",
     ]
 
 
 def test_from_gpt_2_to_llama():
-    ladder = said("gpt2-xl", "llama-7b")
-    assert "positions: learned positions (1,024) -> rotary, base 10,000" in ladder
+    ladder = changes("gpt2-xl", "llama-7b")
+    assert "positions: learned positions (1,024) -> RoPE, theta 10,000" in ladder
     assert "norm: LayerNorm with bias, eps 1e-5 -> RMSNorm, eps 1e-6" in ladder
-    assert "MLP: 6,400 wide, GELU (tanh form), with biases -> SwiGLU of 11,008" in ladder
+    assert "MLP: GELU (tanh form) of 6,400, with biases -> SwiGLU of 11,008" in ladder
     assert "attention biases: on q, k, v and the output -> none" in ladder
-    assert "head: the embedding again -> its own matrix" in ladder
+    assert "LM head: tied to the embedding -> untied" in ladder
 
 
 def test_from_llama_1_to_2_to_3_to_3_1():
     eps = "norm: RMSNorm, eps 1e-6 -> RMSNorm, eps 1e-5"
-    assert said("llama-7b", "llama-2-7b") == ["context: 2,048 tokens -> 4,096 tokens", eps]
-    own = "32 heads of 128, each with its own keys and values"
-    assert f"heads: {own} -> 32 query heads of 128 sharing 8 KV heads" in said("llama-2-7b", "llama-3-8b")
-    assert said("llama-3-8b", "llama-3.1-8b") == [
+    assert changes("llama-7b", "llama-2-7b") == ["context: 2,048 tokens -> 4,096 tokens", eps]
+    assert "heads: 32 heads of 128 (MHA) -> 32 query heads of 128, 8 KV heads (GQA)" in changes(
+        "llama-2-7b", "llama-3-8b"
+    )
+    assert changes("llama-3-8b", "llama-3.1-8b") == [
         "context: 8,192 tokens -> 131,072 tokens",
-        "positions: rotary, base 500,000 -> rotary, base 500,000, waves over 2,048 .. 8,192 tokens stretched by 8",
+        "positions: RoPE, theta 500,000 -> "
+        "RoPE, theta 500,000, llama3 scaling by 8 (wavelengths over 2,048 .. 8,192 tokens)",
     ]
 
 
 def test_from_mistral_to_mixtral():
-    assert said("mistral-7b-v0.1", "mixtral-8x7b")[1:] == [
-        "attention: over a window of 4,096 tokens -> over the whole text",
-        "MLP: SwiGLU of 14,336 -> 2 of 8 experts (SwiGLU of 14,336), softmax router, weights made to sum to 1",
+    assert changes("mistral-7b-v0.1", "mixtral-8x7b")[1:] == [
+        "attention: sliding window of 4,096 -> full",
+        "MLP: SwiGLU of 14,336 -> 2 of 8 experts (SwiGLU of 14,336), softmax router, weights renormalized",
     ]
 
 
 def test_layers_that_differ_are_named():
     assert describe(get_spec("gemma-3-1b"))["attention"] == (
-        "over a window of 512 tokens (layers 1-5 of every 6); over the whole text (layer 6 of every 6)"
+        "sliding window of 512 (layers 1-5 of every 6); full (layer 6 of every 6)"
     )
     odd = FAMILIES["qwen2"](n_layers=5, window=8, sliding=(False, False, True, False, True))
     assert by_layer(odd, lambda x: "near" if x.attn.window else "far") == "far (layers 1-2, 4); near (layers 3, 5)"

@@ -1,4 +1,4 @@
-"""An architecture in plain words, and two of them field by field."""
+"""Describe an architecture in the field's terms, and how two of them differ."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ GATED = {
 }
 
 RESIDUALS = {
-    "pre": "a norm before each branch",
-    "post": "a norm after each sum",
-    "sandwich": "norms before and after each branch",
-    "output": "a norm after each branch, before the sum",
-    "parallel": "attention and MLP side by side, one norm before both",
-    "parallel_two": "attention and MLP side by side, a norm before each",
+    "pre": "pre-norm",
+    "post": "post-norm",
+    "sandwich": "norms before and after each sublayer",
+    "output": "a norm on each sublayer's output",
+    "parallel": "parallel attention and MLP, one shared pre-norm",
+    "parallel_two": "parallel attention and MLP, a pre-norm each",
 }
 
 
@@ -59,20 +59,20 @@ class Change:
 
 
 def diff(a: Spec, b: Spec) -> list[Change]:
-    """What differs from `a` to `b`, in the order of a forward pass; empty only where a == b."""
+    """The differences from `a` to `b`, in the order of a forward pass; empty only where a == b."""
     before, after = describe(a), describe(b)
     changes = [Change(what, before[what], after[what]) for what in before if before[what] != after[what]]
-    if not changes and a != b:  # words leave out long lists of numbers
+    if not changes and a != b:  # descriptions leave out long lists of numbers
         paths = list(_differences(a, b, ""))
         changes = [Change(path, str(x), str(y)) for path, x, y in paths]
     return changes
 
 
 def describe(spec: Spec) -> dict[str, str]:
-    """The architecture in words, aspect by aspect."""
+    """The architecture, one description per aspect."""
     return {
-        "width": f"{spec.dim:,}",
-        "depth": f"{spec.n_layers} layers",
+        "dim": f"{spec.dim:,}",
+        "layers": f"{spec.n_layers}",
         "vocabulary": f"{spec.vocab:,} tokens",
         "context": f"{spec.context:,} tokens",
         "embedding": _embedding(spec),
@@ -80,17 +80,17 @@ def describe(spec: Spec) -> dict[str, str]:
         "norm": _norm(spec.norm),
         "residual": by_layer(spec, _residual),
         "heads": by_layer(spec, lambda x: _heads(x.attn)),
-        "attention": by_layer(spec, lambda x: _sight(x.attn)),
-        "q and k": by_layer(spec, lambda x: _queries(x.attn)),
+        "attention": by_layer(spec, lambda x: _attention(x.attn)),
+        "scores": by_layer(spec, lambda x: _scores(x.attn)),
         "attention biases": by_layer(spec, lambda x: _biases(x.attn)),
         "MLP": by_layer(spec, lambda x: _mlp(x.mlp) if isinstance(x.mlp, Mlp) else _moe(x.mlp)),
         "final norm": "yes" if spec.final_norm else "none",
-        "head": _head(spec),
+        "LM head": _head(spec),
     }
 
 
 def by_layer(spec: Spec, words: Callable[[Layer], str]) -> str:
-    """One phrase where all layers agree, otherwise each phrase with the layers it is true of (counted from 1)."""
+    """One phrase if all layers agree, otherwise each phrase with its layers (counted from 1)."""
     phrases = [words(x) for x in spec.layers]
     if len(set(phrases)) <= 1:
         return phrases[0] if phrases else "none"
@@ -125,25 +125,25 @@ def _number(x: float) -> str:
 def _embedding(spec: Spec) -> str:
     scaled = "" if spec.embed_scale == 1 else f", times {spec.embed_scale:.6g}"
     extra = f", {spec.embed_extra} more input rows" if spec.embed_extra else ""
-    return f"a table{scaled}{extra}"
+    return f"token embedding{scaled}{extra}"
 
 
 def _positions(spec: Spec) -> str:
-    turning = by_layer(spec, lambda x: _rope(x.attn.rope))
+    rotary = by_layer(spec, lambda x: _rope(x.attn.rope))
     if spec.positions is None:
-        return turning
+        return rotary
     at = f", from row {spec.positions.offset}" if spec.positions.offset else ""
     words = f"{spec.positions.kind} positions ({spec.positions.length:,}{at})"
-    return words if turning == "none" else f"{words} and {turning}"
+    return words if rotary == "none" else f"{words} and {rotary}"
 
 
 def _rope(rope: Rope | None) -> str:
     if rope is None:
         return "none"
     return _list(
-        f"rotary, base {_number(rope.theta)}",
-        f"{rope.dim} dimensions of each head" if rope.dim else None,
-        "neighbours paired" if rope.interleaved else None,
+        f"RoPE, theta {_number(rope.theta)}",
+        f"on {rope.dim} dimensions per head" if rope.dim else None,
+        "interleaved pairs" if rope.interleaved else None,
         _scaling(rope),
     )
 
@@ -153,64 +153,65 @@ def _scaling(rope: Rope) -> str | None:
         case None:
             return None
         case LinearScaling(factor):
-            return f"positions divided by {factor:g}"
+            return f"linear scaling by {factor:g}"
         case DynamicNTK(factor, context):
-            return f"base growing past {context:,} tokens (factor {factor:g})"
+            return f"dynamic NTK scaling by {factor:g} past {context:,} tokens"
         case Llama3Scaling(factor, low, high, context):
             ends = sorted({context / high, context / low})
-            return f"waves over {' .. '.join(map(_number, ends))} tokens stretched by {factor:g}"
+            return f"llama3 scaling by {factor:g} (wavelengths over {' .. '.join(map(_number, ends))} tokens)"
         case Yarn():
             return _yarn(rope.scaling)
         case LongRope(short, long, context, gain):
-            return f"LongRoPE past {context:,} tokens ({len(short)} and {len(long)} divisors, gain {gain:.5g})"
+            factors = f"{len(short)} short and {len(long)} long factors"
+            return f"LongRoPE past {context:,} tokens ({factors}, attention factor {gain:.5g})"
 
 
 def _yarn(y: Yarn) -> str:
-    ends = "" if y.truncate else ", ends not rounded"
-    beta = f"{y.beta_fast:g} .. {y.beta_slow:g}{ends}"
-    return f"YaRN by {y.factor:g} past {y.original_context:,} tokens (ramp {beta}, gain {y.attention_factor:.5g})"
+    ends = "" if y.truncate else ", not truncated"
+    details = f"beta {y.beta_fast:g} .. {y.beta_slow:g}{ends}, attention factor {y.attention_factor:.5g}"
+    return f"YaRN by {y.factor:g} past {y.original_context:,} tokens ({details})"
 
 
 def _norm(n: Norm) -> str:
     return _list(
         f"{'LayerNorm' if n.kind == 'layer' else 'RMSNorm'}{' with bias' if n.bias else ''}",
         f"eps {_number(n.eps)}",
-        f"gain stored less {n.weight_offset:g}" if n.weight_offset else None,
-        "gain applied in fp32" if n.scale_in_fp32 else None,
+        f"weight stored minus {n.weight_offset:g}" if n.weight_offset else None,
+        "weight applied in fp32" if n.scale_in_fp32 else None,
     )
 
 
 def _residual(x: Layer) -> str:
-    return RESIDUALS[x.residual] + (", each branch behind a tanh gate" if x.gated else "")
+    return RESIDUALS[x.residual] + (", tanh gate on each sublayer" if x.gated else "")
 
 
 def _heads(a: Attention) -> str:
     if a.n_kv_heads == a.n_heads:
-        return f"{a.n_heads} heads of {a.head_dim}, each with its own keys and values"
-    heads = "1 KV head" if a.n_kv_heads == 1 else f"{a.n_kv_heads} KV heads"
-    return f"{a.n_heads} query heads of {a.head_dim} sharing {heads}"
+        return f"{a.n_heads} heads of {a.head_dim} (MHA)"
+    kind = "1 KV head (MQA)" if a.n_kv_heads == 1 else f"{a.n_kv_heads} KV heads (GQA)"
+    return f"{a.n_heads} query heads of {a.head_dim}, {kind}"
 
 
-def _sight(a: Attention) -> str:
+def _attention(a: Attention) -> str:
     if a.cross:
-        return "over an image"
+        return "cross-attention to image features"
     if a.window is None and a.chunk is None:
-        return "over the whole text"
-    window = f"a window of {a.window:,} tokens" if a.window else None
-    return "over " + _list(window, f"chunks of {a.chunk:,} tokens" if a.chunk else None)
+        return "full"
+    window = f"sliding window of {a.window:,}" if a.window else None
+    return _list(window, f"chunks of {a.chunk:,}" if a.chunk else None)
 
 
-def _queries(a: Attention) -> str:
-    norms = {"head": "normed per head", "full": "normed whole", "l2": "normed after the rotation, without gain"}
+def _scores(a: Attention) -> str:
+    norms = {"head": "QK norm per head", "full": "QK norm over all heads", "l2": "QK L2 norm after RoPE"}
     return _list(
         norms.get(a.qk_norm or ""),
-        f"scores times {a.scale:.6g}" if a.scale is not None else None,  # otherwise 1 / sqrt(head_dim)
-        f"scores capped at {a.softcap:g}" if a.softcap is not None else None,
-        f"queries tempered every {_number(a.temperature_tuning[0])} tokens by {a.temperature_tuning[1]:g}"
+        f"scale {a.scale:.6g}" if a.scale is not None else None,  # otherwise 1 / sqrt(head_dim)
+        f"soft cap {a.softcap:g}" if a.softcap is not None else None,
+        f"temperature tuning {a.temperature_tuning[1]:g} every {_number(a.temperature_tuning[0])} tokens"
         if a.temperature_tuning
         else None,
-        "a sink per head" if a.sinks else None,
-        nothing="plain",
+        "attention sinks" if a.sinks else None,
+        nothing="scaled dot product",
     )
 
 
@@ -227,7 +228,7 @@ def _mlp(m: Mlp) -> str:
     if m.gated:
         kind = GATED.get(m.act, f"gated by {ACTS.get(m.act, m.act)}") + f" of {m.hidden_dim:,}"
     else:
-        kind = f"{m.hidden_dim:,} wide, {ACTS.get(m.act, m.act)}"
+        kind = f"{ACTS.get(m.act, m.act)} of {m.hidden_dim:,}"
     return _list(
         kind,
         "with biases" if m.bias else None,
@@ -237,33 +238,33 @@ def _mlp(m: Mlp) -> str:
 
 
 def _moe(m: Moe) -> str:
-    gate = " behind a gate" if m.shared_gate else ""
+    gate = " with a gate" if m.shared_gate else ""
     return _list(
         f"{m.top_k} of {m.n_experts} experts ({_mlp(m.expert)})",
         f"{m.score_func} router{' with bias' if m.router_bias else ''}",
-        "weights made to sum to 1" if m.renormalize else None,
-        "inputs weighed, not outputs" if m.scale_expert_input else None,
-        f"one shared{gate} ({_mlp(m.shared)})" if m.shared else None,
+        "weights renormalized" if m.renormalize else None,
+        "weights scale expert inputs" if m.scale_expert_input else None,
+        f"shared expert{gate} ({_mlp(m.shared)})" if m.shared else None,
     )
 
 
 def _head(spec: Spec) -> str:
     return _list(
-        "the embedding again" if spec.tied else "its own matrix",
+        "tied to the embedding" if spec.tied else "untied",
         "with bias" if spec.head_bias else None,
-        f"logits times {spec.logit_scale:g}" if spec.logit_scale != 1 else None,
-        f"logits capped at {spec.logit_softcap:g}" if spec.logit_softcap is not None else None,
+        f"logit scale {spec.logit_scale:g}" if spec.logit_scale != 1 else None,
+        f"soft cap {spec.logit_softcap:g}" if spec.logit_softcap is not None else None,
     )
 
 
 def _differences(a: Any, b: Any, path: str) -> list[tuple[str, Any, Any]]:
-    """Every place where two trees differ: `pattern[0].attn.rope.scaling.short_factor[3]`."""
+    """Every field in which two trees differ: `pattern[0].attn.rope.scaling.short_factor[3]`."""
     if a == b:
         return []
     if is_dataclass(a) and type(a) is type(b):
         names = [f.name for f in fields(a)]
-        found = [_differences(getattr(a, n), getattr(b, n), f"{path}.{n}".lstrip(".")) for n in names]
-        return [x for each in found for x in each]
+        lists = [_differences(getattr(a, n), getattr(b, n), f"{path}.{n}".lstrip(".")) for n in names]
+        return [x for each in lists for x in each]
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         return [x for i, (x1, x2) in enumerate(zip(a, b, strict=True)) for x in _differences(x1, x2, f"{path}[{i}]")]
     return [(path, a, b)]
