@@ -58,7 +58,7 @@ ABSENT: dict[str, Any] = {
     "scale": 0.77,
     "softcap": 1.5,
     "temperature_tuning": (4.0, 0.5),
-    "limit": 0.2,
+    "clamp": 0.2,
     "scaling": s.LinearScaling(2.0),
     "positions": s.Positions(96, "sinusoidal"),
     "logit_softcap": 1.5,
@@ -68,9 +68,8 @@ ABSENT: dict[str, Any] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "kind": ("rms", "layer"),
-    "gain": ("after", "before"),
     "act": ("gelu", "gelu_tanh", "silu", "relu"),
-    "score": ("softmax", "sigmoid"),
+    "score_func": ("softmax", "sigmoid"),
     "qk_norm": ("head", "full", "l2"),
     "residual": ("pre", "post", "sandwich", "output", "parallel", "parallel_two"),
 }

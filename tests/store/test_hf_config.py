@@ -69,7 +69,7 @@ def normalised(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_class_is_compared() -> None:
-    assert {family.types[0] for family in CLASSES} == {*CONFIGS, "oneblock"}
+    assert {family.model_types[0] for family in CLASSES} == {*CONFIGS, "oneblock"}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -49,7 +49,7 @@ def write_config(spec: Spec) -> dict[str, Any]:
     """
     for family in FAMILIES:
         try:
-            config = {"architectures": [family.architecture], "model_type": family.types[0], **family.write(spec)}
+            config = {"architectures": [family.architecture], "model_type": family.model_types[0], **family.write(spec)}
             # Classes have token ids as defaults: those of their first model, hardly ever this one's.
             config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
             if family.read(config) == spec:
@@ -63,9 +63,9 @@ def family_of(config: dict[str, Any]) -> Family:
     """The family that reads this configuration; OneblockError with the known ones where there is none."""
     kind = config.get("model_type")
     for family in FAMILIES:
-        if kind in family.types:
+        if kind in family.model_types:
             return family
-    known = ", ".join(sorted(kind for family in FAMILIES for kind in (*family.types, *family.wrappers)))
+    known = ", ".join(sorted(kind for family in FAMILIES for kind in (*family.model_types, *family.wrappers)))
     raise OneblockError(f"model_type {kind!r} is not known; known are {known}")
 
 
@@ -75,7 +75,7 @@ def text_side(config: dict[str, Any]) -> dict[str, Any]:
         if config.get("model_type") in family.wrappers:
             text = config.get("text_config") or {}
             outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
-            inner = {**outer, **text, "model_type": family.types[0], "architectures": [family.architecture]}
+            inner = {**outer, **text, "model_type": family.model_types[0], "architectures": [family.architecture]}
             return inner | {key: config[key] for key in ("tie_word_embeddings",) if key in config}
     return config
 

@@ -17,7 +17,16 @@ from oneblock.model import Decoder
 from oneblock.spec import Spec
 from oneblock.store.config import family_of, read_config, read_json
 from oneblock.store.header import Entry, read_header
-from oneblock.store.name_tables import WRAPPED, Family, Layout, Slot, Slots, disk_names, ignorable, slots
+from oneblock.store.name_tables import (
+    WRAPPER_PREFIXES,
+    DiskTensor,
+    DiskTensors,
+    Family,
+    Layout,
+    is_ignored,
+    map_tensors,
+    naming_schemes,
+)
 from oneblock.store.tensors import CODES, DTYPES, Maps, Source, copy_in, mappable, mapped
 
 INDEX = "model.safetensors.index.json"
@@ -144,7 +153,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
 class Match:
     """The disk tensors a model needs, named as this folder names them."""
 
-    slots: Slots
+    slots: DiskTensors
     layout: Layout
     head: str = ""  # the stored name of a tied head
 
@@ -152,10 +161,10 @@ class Match:
 def _match(family: Family, spec: Spec, model: Decoder, entries: dict[str, Entry]) -> Match:
     """The way of naming that leaves the fewest tensors missing."""
     shapes = parameter_shapes(model)
-    tables = [slots(table, spec, shapes) for table in family.tables]
+    tables = [map_tensors(table, spec, shapes) for table in family.tables]
     best: Match | None = None
     fewest = len(shapes) * 1000
-    for table, prefix, rename in disk_names(family):
+    for table, prefix, rename in naming_schemes(family):
         known = tables[table]
         if known is None:
             continue
@@ -164,9 +173,9 @@ def _match(family: Family, spec: Spec, model: Decoder, entries: dict[str, Entry]
         if missing < fewest:
             head = rename(head_name(family))
             stored = spec.tied and head in entries
-            kept = None if prefix in WRAPPED else prefix  # the text side is saved as a text model
-            best, fewest = Match(named, Layout(family.types[0], table, kept, stored), head), missing
-    assert best is not None, f"no table of {family.types[0]} names every parameter"
+            kept = None if prefix in WRAPPER_PREFIXES else prefix  # the text side is saved as a text model
+            best, fewest = Match(named, Layout(family.model_types[0], table, kept, stored), head), missing
+    assert best is not None, f"no table of {family.model_types[0]} names every parameter"
     return best
 
 
@@ -200,11 +209,11 @@ def _check(folder: Path, family: Family, match: Match, entries: dict[str, Entry]
                 f"model in one of these"
             )
     head = match.head if match.layout.stored_head else None
-    extra = [n for n in entries if n not in match.slots and n != head and not ignorable(n, family)]
+    extra = [n for n in entries if n not in match.slots and n != head and not is_ignored(n, family)]
     if extra:
         raise OneblockError(
-            f"{entries[extra[0]].path}: tensor {extra[0]!r} has no place in a {family.types[0]} model{_more(extra)}; "
-            f"config.json may be another model's: get the folder again"
+            f"{entries[extra[0]].path}: tensor {extra[0]!r} has no place in a {family.model_types[0]} "
+            f"model{_more(extra)}; config.json may be another model's: get the folder again"
         )
 
 
@@ -229,7 +238,7 @@ def _same_head(entries: dict[str, Entry], match: Match) -> bool:
 # ------------------------------------------------------------------ the weights themselves
 
 
-def _dtype(asked: str | torch.dtype | None, slots: Slots, entries: dict[str, Entry]) -> torch.dtype:
+def _dtype(asked: str | torch.dtype | None, slots: DiskTensors, entries: dict[str, Entry]) -> torch.dtype:
     if asked is None:
         stored: dict[str, int] = {}
         for name in slots:
@@ -248,11 +257,13 @@ def as_dtype(asked: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _fill(model: Decoder, slots: Slots, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    model: Decoder, slots: DiskTensors, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device
+) -> None:
     """Give the meta model its weights. Tensors that cannot be mapped are made once, then filled piece by piece."""
     shapes = parameter_shapes(model)
     maps, ready = Maps(), dict[str, Tensor]()
-    rest: list[tuple[Entry, Slot]] = []
+    rest: list[tuple[Entry, DiskTensor]] = []
     for name, slot in sorted(slots.items(), key=lambda item: (str(entries[item[0]].path), entries[item[0]].start)):
         if mappable(entries[name], slot, dtype, device):
             ready |= mapped(maps, entries[name], slot)
@@ -265,7 +276,7 @@ def _fill(model: Decoder, slots: Slots, entries: dict[str, Entry], dtype: torch.
     assign(model, ready)
 
 
-def _copy_all(rest: list[tuple[Entry, Slot]], ready: dict[str, Tensor]) -> None:
+def _copy_all(rest: list[tuple[Entry, DiskTensor]], ready: dict[str, Tensor]) -> None:
     """Disk tensors side by side, each in one thread: torch's own threads would wait for each other at every slab."""
     before = torch.get_num_threads()
     workers = ThreadPoolExecutor(min(WORKERS, before), initializer=torch.set_num_threads, initargs=(1,))

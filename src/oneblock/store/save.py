@@ -21,7 +21,7 @@ from oneblock.store.config import CONFIG, family_of, read_json, write_config
 from oneblock.store.header import SIZES, build_header
 from oneblock.store.load import GENERATION, INDEX, SINGLE, Checkpoint, head_name, on_meta, parameter_shapes
 from oneblock.store.manifest import MANIFEST
-from oneblock.store.name_tables import Family, Layout, Slot, Slots, disk_names, slots
+from oneblock.store.name_tables import DiskTensor, DiskTensors, Family, Layout, map_tensors, naming_schemes
 from oneblock.store.tensors import CODES, chunks
 
 SHARD = 5_000_000_000  # bytes
@@ -97,7 +97,7 @@ def write_model(
     write_settings(folder, model, config, generation)
 
 
-def model_files(model: Decoder, parts: int) -> dict[str, Slots]:
+def model_files(model: Decoder, parts: int) -> dict[str, DiskTensors]:
     """The weight files of a model and what each holds, about `parts` of them: for processes that share the writing."""
     tensors = dict(model.named_parameters())
     slots = _named(family_of(write_config(model.spec)), model, None)
@@ -105,24 +105,24 @@ def model_files(model: Decoder, parts: int) -> dict[str, Slots]:
     return weight_files(slots, tensors, min(SHARD, -(-total // parts)))
 
 
-def write_config_files(folder: Path, model: Decoder, files: dict[str, Slots]) -> None:
+def write_config_files(folder: Path, model: Decoder, files: dict[str, DiskTensors]) -> None:
     """What stands beside the weight files."""
     _write_index(folder, files, dict(model.named_parameters()))
     write_settings(folder, model, write_config(model.spec))
 
 
-def _named(family: Family, model: Decoder, layout: Layout | None) -> Slots:
+def _named(family: Family, model: Decoder, layout: Layout | None) -> DiskTensors:
     """The disk tensors to write, in the model's order."""
     shapes = parameter_shapes(model)
     strange = shapes.keys() ^ parameter_shapes(on_meta(model.spec)).keys()
     if strange:
         raise OneblockError(f"parameter {min(strange)!r} is not the spec's: merge or remove what was added, then save")
-    if layout is None or layout.family != family.types[0]:
-        layout = Layout(family.types[0])
-    tables = [slots(table, model.spec, shapes) for table in family.tables]
+    if layout is None or layout.family != family.model_types[0]:
+        layout = Layout(family.model_types[0])
+    tables = [map_tensors(table, model.spec, shapes) for table in family.tables]
     whole = [i for i, known in enumerate(tables) if known is not None]
     wanted = (layout.table if layout.table in whole else whole[0], layout.prefix)
-    rename = next(rename for table, prefix, rename in disk_names(family) if (table, prefix) == wanted)
+    rename = next(rename for table, prefix, rename in naming_schemes(family) if (table, prefix) == wanted)
     order = {name: i for i, name in enumerate(shapes)}
     by_place = sorted((tables[wanted[0]] or {}).items(), key=lambda item: order[item[1].parts[0].name])
     found = {rename(name): slot for name, slot in by_place}
@@ -141,7 +141,7 @@ def write_settings(
         _write_json(folder / GENERATION, generation)
 
 
-def weight_files(slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: int) -> dict[str, Slots]:
+def weight_files(slots: DiskTensors, tensors: Mapping[str, Tensor], max_shard_size: int) -> dict[str, DiskTensors]:
     """One file, or several with their numbers."""
     shards = _shards(slots, tensors, max_shard_size)
     if len(shards) == 1:
@@ -149,7 +149,7 @@ def weight_files(slots: Slots, tensors: Mapping[str, Tensor], max_shard_size: in
     return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def _write_index(folder: Path, files: dict[str, Slots], tensors: Mapping[str, Tensor]) -> None:
+def _write_index(folder: Path, files: dict[str, DiskTensors], tensors: Mapping[str, Tensor]) -> None:
     if len(files) == 1:
         return
     where = {slot: name for name, held in files.items() for slot in held}
@@ -157,9 +157,9 @@ def _write_index(folder: Path, files: dict[str, Slots], tensors: Mapping[str, Te
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _shards(slots: Slots, tensors: Mapping[str, Tensor], limit: int) -> list[Slots]:
+def _shards(slots: DiskTensors, tensors: Mapping[str, Tensor], limit: int) -> list[DiskTensors]:
     """Runs of tensors of at most `limit` bytes, or of one larger tensor."""
-    shards: list[Slots] = [{}]
+    shards: list[DiskTensors] = [{}]
     size = 0
     for name, slot in slots.items():
         count = _bytes(slot, tensors)
@@ -171,7 +171,7 @@ def _shards(slots: Slots, tensors: Mapping[str, Tensor], limit: int) -> list[Slo
     return shards
 
 
-def write_file(path: Path, slots: Slots, tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, slots: DiskTensors, tensors: Mapping[str, Tensor]) -> None:
     header = build_header({name: (_code(slot, tensors), slot.shape) for name, slot in slots.items()})
     with path.open("wb") as file:
         file.write(header)
@@ -190,18 +190,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise OSError(str(error)) from None
 
 
-def _dtype(slot: Slot, tensors: Mapping[str, Tensor]) -> torch.dtype:
+def _dtype(slot: DiskTensor, tensors: Mapping[str, Tensor]) -> torch.dtype:
     return tensors[slot.parts[0].name].dtype
 
 
-def _code(slot: Slot, tensors: Mapping[str, Tensor]) -> str:
+def _code(slot: DiskTensor, tensors: Mapping[str, Tensor]) -> str:
     dtype = _dtype(slot, tensors)
     if dtype not in CODES:
         raise OneblockError(f"weights of dtype {dtype} cannot be saved: convert the model to bf16, fp16 or fp32 first")
     return CODES[dtype]
 
 
-def _bytes(slot: Slot, tensors: Mapping[str, Tensor]) -> int:
+def _bytes(slot: DiskTensor, tensors: Mapping[str, Tensor]) -> int:
     return torch.Size(slot.shape).numel() * SIZES[_code(slot, tensors)]
 
 

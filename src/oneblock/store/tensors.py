@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.store.header import AGAIN, SIZES, Entry
-from oneblock.store.name_tables import Part, Slot
+from oneblock.store.name_tables import DiskTensor, TensorSlice
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -72,7 +72,7 @@ class Source:
         return self.fill(self._scratch[:size].view(self.dtype).view(shape), start)
 
 
-def mapped(maps: Maps, entry: Entry, slot: Slot) -> dict[str, Tensor]:
+def mapped(maps: Maps, entry: Entry, slot: DiskTensor) -> dict[str, Tensor]:
     """The parts of a disk tensor without a copy; `mappable` says whether that can be."""
     whole = maps.view(entry)
     if len(slot.parts) == 1:
@@ -80,13 +80,13 @@ def mapped(maps: Maps, entry: Entry, slot: Slot) -> dict[str, Tensor]:
     return {part.name: whole[part.start : part.start + part.size] for part in slot.parts}
 
 
-def mappable(entry: Entry, slot: Slot, dtype: torch.dtype, device: torch.device) -> bool:
+def mappable(entry: Entry, slot: DiskTensor, dtype: torch.dtype, device: torch.device) -> bool:
     as_it_lies = _in_stretches(slot) and slot.expert is None and entry.end > entry.start
     aligned = entry.start % SIZES[entry.dtype] == 0
     return as_it_lies and aligned and device.type == "cpu" and DTYPES[entry.dtype] == dtype
 
 
-def copy_in(entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+def copy_in(entry: Entry, slot: DiskTensor, ours: Mapping[str, Tensor]) -> None:
     """Fill our tensors from one disk tensor."""
     with Source(entry) as source:
         if _in_stretches(slot):
@@ -97,7 +97,7 @@ def copy_in(entry: Entry, slot: Slot, ours: Mapping[str, Tensor]) -> None:
             _copy_grid(source, slot, ours)
 
 
-def _copy_stretches(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+def _copy_stretches(source: Source, slot: DiskTensor, ours: Mapping[str, Tensor]) -> None:
     size = source.dtype.itemsize
     for part in slot.parts:
         target = _own(slot, ours[part.name]).view(-1)
@@ -109,7 +109,7 @@ def _copy_stretches(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> N
             target[items].copy_(source.read((items.stop - items.start,), first + items.start * size))
 
 
-def _copy_grid(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+def _copy_grid(source: Source, slot: DiskTensor, ours: Mapping[str, Tensor]) -> None:
     grid = _grid(slot)
     row_bytes = torch.Size(grid[1:]).numel() * source.dtype.itemsize
     for rows in _slabs(grid[0], row_bytes):
@@ -118,7 +118,7 @@ def _copy_grid(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
             _on_grid(slot, part, ours[part.name])[rows].copy_(_cut(slot, part, slab))
 
 
-def _copy_turned(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None:
+def _copy_turned(source: Source, slot: DiskTensor, ours: Mapping[str, Tensor]) -> None:
     """Fill our (out, in) matrices from stored (in, out) ones, one or a stack of them.
 
     torch transposes fast only between whole matrices of one dtype: four times as fast as copying into a view.
@@ -135,7 +135,7 @@ def _copy_turned(source: Source, slot: Slot, ours: Mapping[str, Tensor]) -> None
                 target[:, rows].copy_(piece.to(target.device, target.dtype).contiguous().t().contiguous())
 
 
-def chunks(slot: Slot, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+def chunks(slot: DiskTensor, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """The bytes of one disk tensor, made from ours, as a run of contiguous CPU tensors."""
     if _in_stretches(slot):
         for part in slot.parts:
@@ -152,30 +152,30 @@ def chunks(slot: Slot, ours: Mapping[str, Tensor], dtype: torch.dtype) -> Iterat
         yield slab
 
 
-def _in_stretches(slot: Slot) -> bool:
+def _in_stretches(slot: DiskTensor) -> bool:
     """Whether each part is one run of bytes that is our tensor, or our expert, as it is."""
     return not slot.transposed and slot.groups == 1 and (slot.axis == 0 or len(slot.parts) == 1)
 
 
-def _own(slot: Slot, ours: Tensor) -> Tensor:
+def _own(slot: DiskTensor, ours: Tensor) -> Tensor:
     return ours if slot.expert is None else ours[slot.expert]
 
 
-def _row_bytes(slot: Slot, dtype: torch.dtype) -> int:
+def _row_bytes(slot: DiskTensor, dtype: torch.dtype) -> int:
     return torch.Size(slot.shape[1:]).numel() * dtype.itemsize
 
 
-def _grid(slot: Slot) -> tuple[int, ...]:
+def _grid(slot: DiskTensor) -> tuple[int, ...]:
     """The disk tensor's shape with its joined dimension as (groups, all parts' sizes)."""
     joined = slot.shape[slot.axis] // slot.groups
     return (*slot.shape[: slot.axis], slot.groups, joined, *slot.shape[slot.axis + 1 :])
 
 
-def _cut(slot: Slot, part: Part, slab: Tensor) -> Tensor:
+def _cut(slot: DiskTensor, part: TensorSlice, slab: Tensor) -> Tensor:
     return slab.narrow(slot.axis + 1, part.start, part.size)
 
 
-def _on_grid(slot: Slot, part: Part, ours: Tensor) -> Tensor:
+def _on_grid(slot: DiskTensor, part: TensorSlice, ours: Tensor) -> Tensor:
     """Our tensor seen as its cut of the grid."""
     ours = _own(slot, ours)
     ours = ours.transpose(-1, -2) if slot.transposed else ours

@@ -11,7 +11,7 @@ from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import ATTENTION, LLAMA_NAMES, MLP, OUTER, QK_NORMS, head_dim
 from oneblock.store.families.rope import read_rope, rope_from, write_rope
-from oneblock.store.name_tables import Family, named
+from oneblock.store.name_tables import Family, prefix_names
 
 GEMMA = fields.SIZES | {"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28}
 GEMMA |= {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "rms_norm_eps": 1e-6}
@@ -128,7 +128,7 @@ SANDWICH = {
     "pre_feedforward_layernorm": "mlp_in",
     "post_feedforward_layernorm": "mlp_out",
 }
-GEMMA3_NAMES = {**OUTER, **named("model.layers.{n}.", {**ATTENTION, **QK_NORMS, **MLP, **SANDWICH})}
+GEMMA3_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", {**ATTENTION, **QK_NORMS, **MLP, **SANDWICH})}
 
 FAMILIES = (
     Family(("gemma",), "GemmaForCausalLM", read_gemma, write_gemma, (LLAMA_NAMES,)),

@@ -8,9 +8,9 @@ from oneblock.spec import FAMILIES as BUILD
 from oneblock.spec import Spec
 from oneblock.store.families.fields import ACT_NAMES, Fields, Raw, some_mlp, window_of
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.name_tables import Family, named, stored
+from oneblock.store.name_tables import Family, prefix_names, rule
 
-QKV = stored("attn.wq", "attn.wk", "attn.wv", transposed=True)
+QKV = rule("attn.wq", "attn.wk", "attn.wv", transposed=True)
 
 # ------------------------------------------------------------------ GPT-1 and GPT-2
 
@@ -83,22 +83,22 @@ def _new(act: str) -> str:
 
 CONV1D = {
     "attn.c_attn": QKV,
-    "attn.c_proj": stored("attn.wo", transposed=True),
-    "mlp.c_fc": stored("mlp.up", transposed=True),
-    "mlp.c_proj": stored("mlp.down", transposed=True),
+    "attn.c_proj": rule("attn.wo", transposed=True),
+    "mlp.c_fc": rule("mlp.up", transposed=True),
+    "mlp.c_proj": rule("mlp.down", transposed=True),
 }
 GPT1_NAMES = {
     "transformer.tokens_embed": "embed",
     "transformer.positions_embed": "positions",
     "lm_head": "head",
-    **named("transformer.h.{n}.", {**CONV1D, "ln_1": "attn_out", "ln_2": "mlp_out"}),
+    **prefix_names("transformer.h.{n}.", {**CONV1D, "ln_1": "attn_out", "ln_2": "mlp_out"}),
 }
 GPT2_NAMES = {
     "transformer.wte": "embed",
     "transformer.wpe": "positions",
     "transformer.ln_f": "norm",
     "lm_head": "head",
-    **named("transformer.h.{n}.", {**CONV1D, "ln_1": "attn_in", "ln_2": "mlp_in"}),
+    **prefix_names("transformer.h.{n}.", {**CONV1D, "ln_1": "attn_in", "ln_2": "mlp_in"}),
 }
 
 # ------------------------------------------------------------------ GPT-Neo
@@ -151,7 +151,7 @@ NEO_NAMES = {
     "transformer.wpe": "positions",
     "transformer.ln_f": "norm",
     "lm_head": "head",
-    **named(
+    **prefix_names(
         "transformer.h.{n}.",
         {
             "ln_1": "attn_in",
@@ -225,14 +225,14 @@ OPT_NAMES = {
     "model.decoder.embed_positions": "positions",
     "model.decoder.final_layer_norm": "norm",
     "lm_head": "head",
-    **named("model.decoder.layers.{n}.", OPT_LAYER),
+    **prefix_names("model.decoder.layers.{n}.", OPT_LAYER),
     # Each of these stands once for a layer that norms before and once for one that norms after.
-    "model.decoder.layers.{n}.self_attn_layer_norm": stored("blocks.{n}.attn_in"),
-    "model.decoder.layers.{n}.final_layer_norm": stored("blocks.{n}.mlp_in"),
+    "model.decoder.layers.{n}.self_attn_layer_norm": rule("blocks.{n}.attn_in"),
+    "model.decoder.layers.{n}.final_layer_norm": rule("blocks.{n}.mlp_in"),
 }
 OPT_POST_NAMES = OPT_NAMES | {
-    "model.decoder.layers.{n}.self_attn_layer_norm": stored("blocks.{n}.attn_out"),
-    "model.decoder.layers.{n}.final_layer_norm": stored("blocks.{n}.mlp_out"),
+    "model.decoder.layers.{n}.self_attn_layer_norm": rule("blocks.{n}.attn_out"),
+    "model.decoder.layers.{n}.final_layer_norm": rule("blocks.{n}.mlp_out"),
 }
 
 # ------------------------------------------------------------------ GPT-NeoX
@@ -285,12 +285,12 @@ NEOX_NAMES = {
     "gpt_neox.embed_in": "embed",
     "gpt_neox.final_layer_norm": "norm",
     "embed_out": "head",
-    **named(
+    **prefix_names(
         "gpt_neox.layers.{n}.",
         {
             "input_layernorm": "attn_in",
             "post_attention_layernorm": "mlp_in",
-            "attention.query_key_value": stored("attn.wq", "attn.wk", "attn.wv", groups="heads"),
+            "attention.query_key_value": rule("attn.wq", "attn.wk", "attn.wv", interleave="per_head"),
             "attention.dense": "attn.wo",
             "mlp.dense_h_to_4h": "mlp.up",
             "mlp.dense_4h_to_h": "mlp.down",

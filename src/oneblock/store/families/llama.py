@@ -10,7 +10,7 @@ from oneblock.spec import Layer, Moe, Spec
 from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.name_tables import Family, Stored, named, stored
+from oneblock.store.name_tables import Family, TensorRule, prefix_names, rule
 
 OUTER = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
 ATTENTION = {
@@ -23,7 +23,7 @@ QK_NORMS = {"self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"
 MLP = {"mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}
 PRE_NORMS = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in"}
 LAYER = {**ATTENTION, **MLP, **PRE_NORMS}
-LLAMA_NAMES = {**OUTER, **named("model.layers.{n}.", LAYER)}
+LLAMA_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", LAYER)}
 
 # ------------------------------------------------------------------ Llama
 
@@ -177,15 +177,15 @@ def _feed_forward() -> dict[str, Any]:
         "shared_expert.gate_proj": "mlp.shared.gate",
         "shared_expert.up_proj": "mlp.shared.up",
         "shared_expert.down_proj": "mlp.shared.down",
-        "experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up", transposed=True),
-        "experts.down_proj": stored("mlp.experts.down", transposed=True),
+        "experts.gate_up_proj": rule("mlp.experts.gate", "mlp.experts.up", transposed=True),
+        "experts.down_proj": rule("mlp.experts.down", transposed=True),
     }
 
 
 LLAMA4_NAMES = {
     **OUTER,
-    **named("model.layers.{n}.", {**ATTENTION, **PRE_NORMS}),
-    **named("model.layers.{n}.feed_forward.", _feed_forward()),
+    **prefix_names("model.layers.{n}.", {**ATTENTION, **PRE_NORMS}),
+    **prefix_names("model.layers.{n}.feed_forward.", _feed_forward()),
 }
 
 # ------------------------------------------------------------------ Llama 3.2 Vision, text side
@@ -226,15 +226,15 @@ def write_mllama(spec: Spec) -> Raw:
     return raw
 
 
-def _only(cross: bool, rows: dict[str, str]) -> dict[str, Stored]:
-    return {disk: stored(ours, cross=cross) for disk, ours in rows.items()}
+def _only(cross: bool, rows: dict[str, str]) -> dict[str, TensorRule]:
+    return {disk: rule(ours, cross=cross) for disk, ours in rows.items()}
 
 
 CROSS = {disk.replace("self_attn", "cross_attn"): ours for disk, ours in {**ATTENTION, **QK_NORMS}.items()}
 GATES = {"cross_attn_attn_gate": "attn_gate", "cross_attn_mlp_gate": "mlp_gate"}
 MLLAMA_NAMES = {
     **OUTER,
-    **named("model.layers.{n}.", {**MLP, **PRE_NORMS, **GATES, **_only(False, ATTENTION), **_only(True, CROSS)}),
+    **prefix_names("model.layers.{n}.", {**MLP, **PRE_NORMS, **GATES, **_only(False, ATTENTION), **_only(True, CROSS)}),
 }
 
 FAMILIES = (

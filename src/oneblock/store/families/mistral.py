@@ -8,7 +8,7 @@ from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import ATTENTION, LLAMA_NAMES, OUTER, PRE_NORMS, head_dim
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.name_tables import Family, experts, named, stored
+from oneblock.store.name_tables import Family, expert_names, prefix_names, rule
 
 MISTRAL = fields.SIZES | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
 MISTRAL |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
@@ -52,24 +52,24 @@ def write_mixtral(spec: Spec) -> Raw:
 
 
 FUSED_EXPERTS = {
-    "mlp.experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up"),
+    "mlp.experts.gate_up_proj": rule("mlp.experts.gate", "mlp.experts.up"),
     "mlp.experts.down_proj": "mlp.experts.down",
 }
 MIXTRAL_NAMES = {
     **OUTER,
-    **named(
+    **prefix_names(
         "model.layers.{n}.",
         {
             **ATTENTION,
             **PRE_NORMS,
             "block_sparse_moe.gate": "mlp.router",
-            **experts("block_sparse_moe.experts", ("w1", "w3", "w2")),
+            **expert_names("block_sparse_moe.experts", ("w1", "w3", "w2")),
         },
     ),
 }
 MIXTRAL_FUSED = {
     **OUTER,
-    **named("model.layers.{n}.", {**ATTENTION, **PRE_NORMS, "mlp.gate": "mlp.router", **FUSED_EXPERTS}),
+    **prefix_names("model.layers.{n}.", {**ATTENTION, **PRE_NORMS, "mlp.gate": "mlp.router", **FUSED_EXPERTS}),
 }
 
 FAMILIES = (

@@ -8,7 +8,7 @@ from typing import Any
 from oneblock import spec as parts
 from oneblock.errors import OneblockError
 from oneblock.spec import Spec
-from oneblock.store.name_tables import Family, named
+from oneblock.store.name_tables import Family, prefix_names
 
 CLASSES: dict[str, Any] = {
     name: getattr(parts, name) for name in parts.__all__ if dataclasses.is_dataclass(getattr(parts, name))
@@ -50,6 +50,6 @@ MODULES += ("attn_out", "mlp_in", "mlp_out", "attn_gate", "mlp_gate", "mlp.gate"
 MODULES += tuple(f"mlp.experts.{x}" for x in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"))
 MODULES += ("mlp.shared.gate", "mlp.shared.up", "mlp.shared.down", "mlp.shared_gate")
 NAMES = {x: x for x in ("embed", "positions", "norm", "head")}
-NAMES |= {key: str(ours) for key, ours in named("blocks.{n}.", {x: x for x in MODULES}).items()}
+NAMES |= {key: str(ours) for key, ours in prefix_names("blocks.{n}.", {x: x for x in MODULES}).items()}
 
 FAMILIES = (Family(("oneblock",), "Decoder", read_native, write_native, (NAMES,), prefix=""),)

@@ -8,7 +8,7 @@ from oneblock.store.families import fields
 from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import ATTENTION, MLP, OUTER, PRE_NORMS, QK_NORMS, head_dim
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.name_tables import Family, named, stored
+from oneblock.store.name_tables import Family, prefix_names, rule
 
 # ------------------------------------------------------------------ OLMo 2
 
@@ -34,7 +34,7 @@ def write_olmo2(spec: Spec) -> Raw:
 
 
 OUTPUT_NORMS = {"post_attention_layernorm": "attn_out", "post_feedforward_layernorm": "mlp_out"}
-OLMO2_NAMES = {**OUTER, **named("model.layers.{n}.", {**ATTENTION, **QK_NORMS, **MLP, **OUTPUT_NORMS})}
+OLMO2_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", {**ATTENTION, **QK_NORMS, **MLP, **OUTPUT_NORMS})}
 
 # ------------------------------------------------------------------ Cohere 2
 
@@ -73,7 +73,7 @@ def write_cohere2(spec: Spec) -> Raw:
     }
 
 
-COHERE2_NAMES = {**OUTER, **named("model.layers.{n}.", {**ATTENTION, **MLP, "input_layernorm": "attn_in"})}
+COHERE2_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", {**ATTENTION, **MLP, "input_layernorm": "attn_in"})}
 
 # ------------------------------------------------------------------ gpt-oss
 
@@ -129,12 +129,12 @@ GPT_OSS_LAYER = {
     **PRE_NORMS,
     "self_attn.sinks": "attn.sinks",
     "mlp.router": "mlp.router",
-    "mlp.experts.gate_up_proj": stored("mlp.experts.gate", "mlp.experts.up", transposed=True, groups="each"),
-    "mlp.experts.gate_up_proj_bias": stored("mlp.experts.gate_bias", "mlp.experts.up_bias", groups="each"),
-    "mlp.experts.down_proj": stored("mlp.experts.down", transposed=True),
+    "mlp.experts.gate_up_proj": rule("mlp.experts.gate", "mlp.experts.up", transposed=True, interleave="per_row"),
+    "mlp.experts.gate_up_proj_bias": rule("mlp.experts.gate_bias", "mlp.experts.up_bias", interleave="per_row"),
+    "mlp.experts.down_proj": rule("mlp.experts.down", transposed=True),
     "mlp.experts.down_proj_bias": "mlp.experts.down_bias",
 }
-GPT_OSS_NAMES = {**OUTER, **named("model.layers.{n}.", GPT_OSS_LAYER)}
+GPT_OSS_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", GPT_OSS_LAYER)}
 
 FAMILIES = (
     Family(("olmo2",), "Olmo2ForCausalLM", read_olmo2, write_olmo2, (OLMO2_NAMES,)),

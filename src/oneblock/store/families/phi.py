@@ -9,7 +9,7 @@ from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import OUTER, PRE_NORMS, head_dim
 from oneblock.store.families.mistral import write_mistral
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.name_tables import Family, named, stored
+from oneblock.store.name_tables import Family, prefix_names, rule
 
 PHI = fields.SIZES | {"vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
 PHI |= {"num_attention_heads": 32, "hidden_act": "gelu_new", "max_position_embeddings": 2048, "layer_norm_eps": 1e-5}
@@ -77,16 +77,16 @@ PHI_NAMES = {
     "model.embed_tokens": "embed",
     "model.final_layernorm": "norm",
     "lm_head": "head",
-    **named("model.layers.{n}.", PHI_LAYER),
+    **prefix_names("model.layers.{n}.", PHI_LAYER),
 }
 PHI3_LAYER = {
-    "self_attn.qkv_proj": stored("attn.wq", "attn.wk", "attn.wv"),
+    "self_attn.qkv_proj": rule("attn.wq", "attn.wk", "attn.wv"),
     "self_attn.o_proj": "attn.wo",
-    "mlp.gate_up_proj": stored("mlp.gate", "mlp.up"),
+    "mlp.gate_up_proj": rule("mlp.gate", "mlp.up"),
     "mlp.down_proj": "mlp.down",
     **PRE_NORMS,
 }
-PHI3_NAMES = {**OUTER, **named("model.layers.{n}.", PHI3_LAYER)}
+PHI3_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", PHI3_LAYER)}
 
 FAMILIES = (
     Family(("phi",), "PhiForCausalLM", read_phi, write_phi, (PHI_NAMES,)),

@@ -11,7 +11,7 @@ from oneblock.store.families.fields import Fields, Raw
 from oneblock.store.families.llama import LAYER, LLAMA_NAMES, OUTER, QK_NORMS, head_dim
 from oneblock.store.families.mistral import FUSED_EXPERTS
 from oneblock.store.families.rope import read_rope, write_rope
-from oneblock.store.name_tables import Family, experts, named
+from oneblock.store.name_tables import Family, expert_names, prefix_names
 
 QWEN2 = fields.SIZES | {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "rms_norm_eps": 1e-6}
 QWEN2 |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "layer_types": None}
@@ -145,7 +145,7 @@ def write_qwen3_moe(spec: Spec) -> Raw:
     return {**_moe_written(spec, QWEN3_MOE["intermediate_size"]), "attention_bias": spec.layers[0].attn.bias[0]}
 
 
-QK_NORMED = {**OUTER, **named("model.layers.{n}.", {**LAYER, **QK_NORMS})}
+QK_NORMED = {**OUTER, **prefix_names("model.layers.{n}.", {**LAYER, **QK_NORMS})}
 MOE_LAYER = {
     **LAYER,
     **QK_NORMS,
@@ -155,8 +155,8 @@ MOE_LAYER = {
     "mlp.shared_expert.down_proj": "mlp.shared.down",
     "mlp.shared_expert_gate": "mlp.shared_gate",
 }
-MOE_NAMES = {**OUTER, **named("model.layers.{n}.", {**MOE_LAYER, **experts("mlp.experts")})}
-MOE_FUSED = {**OUTER, **named("model.layers.{n}.", {**MOE_LAYER, **FUSED_EXPERTS})}
+MOE_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", {**MOE_LAYER, **expert_names("mlp.experts")})}
+MOE_FUSED = {**OUTER, **prefix_names("model.layers.{n}.", {**MOE_LAYER, **FUSED_EXPERTS})}
 
 FAMILIES = (
     Family(("qwen2",), "Qwen2ForCausalLM", read_qwen2, write_qwen2, (LLAMA_NAMES,)),

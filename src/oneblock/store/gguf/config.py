@@ -106,7 +106,7 @@ def write_settings(spec: Spec, kind: str | None = None) -> tuple[str, Family, Ra
     first: OneblockError | None = None
     for family, config in _classes(spec, kind):
         try:
-            return WRITTEN_AS[family.types[0]], family, *_written(spec, family, config)
+            return WRITTEN_AS[family.model_types[0]], family, *_written(spec, family, config)
         except OneblockError as error:
             first = first or error
     if first is not None:
@@ -128,7 +128,7 @@ def _classes(spec: Spec, first: str | None) -> Iterator[tuple[Family, Raw]]:
 
 
 def _written(spec: Spec, family: Family, config: Raw) -> tuple[Raw, dict[str, Tensor]]:
-    name = WRITTEN_AS[family.types[0]]
+    name = WRITTEN_AS[family.model_types[0]]
     arch = ARCHS[name]
     settings = {setting: config[key] for setting, key in arch.keys.items() if config.get(key) is not None}
     if "attention.key_length" in settings:

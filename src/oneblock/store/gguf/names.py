@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.spec import Moe, Spec
-from oneblock.store.name_tables import Family, Part, Shape, Slot, slots
+from oneblock.store.name_tables import DiskTensor, Family, Shape, TensorSlice, map_tensors
 
 SIZES = {
     "block_count": "num_hidden_layers",
@@ -81,7 +81,7 @@ class Place:
     """
 
     shape: Shape
-    parts: tuple[Part, ...]
+    parts: tuple[TensorSlice, ...]
     heads: int = 0  # the rows of each of so many heads lie as neighbours; 0: as ours
     offset: float = 0.0  # its numbers are ours plus this
 
@@ -95,7 +95,7 @@ def places(name: str, family: Family, spec: Spec, shapes: Mapping[str, Shape]) -
     """Every tensor of a model's file. OneblockError where the architecture has no name for one of ours."""
     number = next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
     names = get_tensor_name_map(number, spec.n_layers)
-    known = slots(family.tables[0], spec, shapes)
+    known = map_tensors(family.tables[0], spec, shapes)
     if known is None:
         raise OneblockError("the model has parameters that are not the spec's: merge or remove what was added")
     found: dict[str, Place] = {}
@@ -108,12 +108,12 @@ def places(name: str, family: Family, spec: Spec, shapes: Mapping[str, Shape]) -
     return found
 
 
-def _place(name: str, slot: Slot, spec: Spec, arch: Arch) -> Place:
+def _place(name: str, slot: DiskTensor, spec: Spec, arch: Arch) -> Place:
     assert slot.groups == 1, "none of these architectures weaves its rows"
     if slot.expert is not None:
         count = next(layer.mlp.n_experts for layer in spec.layers if isinstance(layer.mlp, Moe))
         [part] = slot.parts
-        return Place((count, *slot.shape), (Part(part.name, 0, count * part.size),))
+        return Place((count, *slot.shape), (TensorSlice(part.name, 0, count * part.size),))
     attn, heads = spec.layers[0].attn, 0
     if arch.pairs and ".attn_q." in name:
         heads = attn.n_heads
