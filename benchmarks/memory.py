@@ -75,16 +75,18 @@ SERVED = ("gpt2", "llama", "gemma3", "qwen3", "pythia", "mixtral")
 
 def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
     """Bytes planned and measured of three training steps; of several ranks, those of the one that has most."""
-    from oneblock.parallel.world import together
+    from oneblock.parallel.world import init_world
 
-    with together(case.mesh, str(device)) as world:
+    with init_world(case.mesh, str(device)) as world:
         before = settled(device)
         steps(case, device, world)
         held = torch.tensor(float(peak_memory(device) - before))
         if world.size > 1:
             torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
     dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), over(world.mesh)
-    setup = memory.TrainingConfig(dtype, case.recompute, accumulate=world.copies, cpu=device.type == "cpu", over=parts)
+    setup = memory.TrainingConfig(
+        dtype, case.recompute, accumulate=world.uses_ddp, cpu=device.type == "cpu", over=parts
+    )
     return memory.training(case.spec, case.context, case.batch // world.data_ranks, setup).total, int(held)
 
 
@@ -101,11 +103,11 @@ def steps(case: Case, device: torch.device, world: World) -> None:
     model = Decoder(case.spec)
     init_weights(model, 0)
     model = model.to(device)
-    parallel.apply(model, world)
+    model = parallel.parallelize(model, world)
     state = start(model, Optimizer())
     ids = torch.randint(model.spec.vocab, (rows, case.context + 1))
     data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * case.context)
-    learner = parallel.wrap(learner_for(model, loop, Objective(), None, world), world)
+    learner = parallel.wrap_ddp(learner_for(model, loop, Objective(), None, world), world)
     engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), world)
     for _ in range(3):
         engine.update(state)

@@ -23,7 +23,7 @@ from oneblock.files import write_file
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
     from oneblock.infer.llm import LLM, Completion
-    from oneblock.parallel.process_group import Ranks
+    from oneblock.parallel.process_group import ProcessGroup
 
 HELP = """\
 /reset      forget everything said so far
@@ -125,7 +125,7 @@ def read(path: Path) -> str:
         raise OneblockError(f"{path} is no UTF-8 text") from None
 
 
-def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
+def opened(loading: Loading, ranks: ProcessGroup | None = None) -> LLM:
     from oneblock.infer.llm import load
     from oneblock.kernels.heap import MOST, reuse_memory
 
@@ -152,13 +152,16 @@ def opened(loading: Loading, ranks: Ranks | None = None) -> LLM:
 
 def generate(options: GenerateOptions) -> None:
     """On the ranks that torchrun has started, or here; the first of them writes."""
-    from oneblock.parallel.process_group import joined
+    from oneblock.parallel.process_group import init_process_group
 
-    with joined(options.loading.device) as ranks, redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
+    with (
+        init_process_group(options.loading.device) as ranks,
+        redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()),
+    ):
         written(options, ranks)
 
 
-def written(options: GenerateOptions, ranks: Ranks) -> None:
+def written(options: GenerateOptions, ranks: ProcessGroup) -> None:
     many = options.many
     if ranks.size > 1 and ((options.prompt is None and not options.ids) or many != Many()):
         raise OneblockError("several ranks go on with one prompt: give --prompt or --ids")

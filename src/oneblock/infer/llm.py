@@ -21,8 +21,8 @@ from oneblock.kernels.compiler import compiler_found
 from oneblock.kernels.cpu_modules import optimize_for_cpu
 from oneblock.kernels.huge_pages import PROMPT, REPAYS, settle
 from oneblock.model import Decoder
-from oneblock.parallel.inference_tp import split
-from oneblock.parallel.process_group import Ranks
+from oneblock.parallel.process_group import ProcessGroup
+from oneblock.parallel.tensor_parallel import TensorParallel
 from oneblock.quant.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.spec import Spec
 from oneblock.store.load import Checkpoint
@@ -341,18 +341,18 @@ def load(
     path_or_name: str | Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> LLM:
     """A model from a folder or a .gguf file, or from the hub by `org/name[@revision]`; dtype None: as it is stored.
 
     llm = oneblock.load("path/or/org/name", dtype="bfloat16", device="cpu")
 
-    `ranks` (infer/parallel.py): this process's part of it, under torchrun; the device never holds the whole.
+    `ranks`: load this rank's shard for tensor parallelism under torchrun; the device never holds the full model.
     """
     several = ranks is not None and ranks.size > 1
     found, tokenizer = read(store.resolve(str(path_or_name)), dtype, "cpu" if several else device)
     if ranks is not None and several:
-        split(found.model, ranks)
+        TensorParallel(ranks).shard_decoder(found.model)
         found.model.to(device)
     optimize_for_cpu(found.model)
     return LLM(found.model, tokenizer, found.config, found.generation, found.layout)

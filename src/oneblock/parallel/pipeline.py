@@ -1,8 +1,8 @@
-"""Pipeline parallel (arXiv:1811.06965): each rank has some of the blocks, and rows pass through the ranks in parts.
+"""Pipeline parallelism (arXiv:1811.06965): each stage runs some of the blocks, and micro-batches pass through them.
 
-A stage receives the stream where the model would embed, and sends it where the model would norm it; gradients travel
-the other way. All parts go forward, then all come back in the opposite order, as autograd goes first through what was
-made last. The last stage has the targets: the others' losses are zeros, from which the backward pass begins.
+A stage receives activations where its first block begins and sends them where its last block ends; gradients travel
+back. All micro-batches run forward, then all backward in reverse order, as autograd runs the latest first. The last
+stage has the targets; the loss of the others is zero, from which their backward pass starts.
 """
 
 from __future__ import annotations
@@ -10,136 +10,107 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
+from oneblock.parallel.collectives import recv, send
 from oneblock.parallel.mesh import Mesh
 from oneblock.parallel.world import World
 from oneblock.spec import Moe, Spec
-from oneblock.store.load import put
 
-PARTS = 4  # of a batch's rows, for each stage: with more, stages wait less for each other (1 / (1 + PARTS) of the time)
+MICRO_BATCHES = 4  # per stage; the bubble is about 1 / (1 + MICRO_BATCHES) of a step
 
 
-def check(spec: Spec, mesh: Mesh) -> None:
-    """OneblockError where a model has no such stages."""
+def check_stages(spec: Spec, mesh: Mesh) -> None:
+    """OneblockError if the model cannot be split into mesh.pp stages."""
     if mesh.size > mesh.pp * mesh.dp:
-        raise OneblockError("pp goes with dp alone yet: leave out the others")
+        raise OneblockError(f"pp={mesh.pp} is supported with dp alone, not in {mesh}; use pp and dp only")
     if mesh.pp > spec.n_layers:
-        raise OneblockError(f"pp = {mesh.pp} stages for {spec.n_layers} layers: each stage needs one")
+        raise OneblockError(f"pp={mesh.pp} stages need at least as many layers, and the model has {spec.n_layers}")
     if any(isinstance(x.mlp, Moe) or x.attn.cross for x in spec.layers):
-        raise OneblockError("pp does not pass on what experts' losses or images need yet: use dp, ep or fsdp")
+        raise OneblockError("pp does not support MoE or cross-attention models; use dp, ep or fsdp")
 
 
 def stage_of(name: str, spec: Spec, stages: int) -> int:
-    """Where a parameter is kept: embeddings on the first stage, blocks in equal runs, norm and head on the last."""
+    """Return the stage of a parameter: embeddings first, blocks in equal runs, final norm and head last."""
     if name.startswith("blocks."):
         return int(name.split(".")[1]) * stages // spec.n_layers
     return 0 if name.startswith(("embed.", "positions.")) else stages - 1
 
 
-def kept_by(model: Decoder, world: World) -> dict[str, int]:
-    """The rank that writes each parameter to checkpoints."""
-    ranks = torch.arange(world.size).view(world.mesh.pp, -1)[:, 0].tolist()
-    return {name: ranks[stage_of(name, model.spec, world.mesh.pp)] for name, _ in model.named_parameters()}
-
-
-def cut(model: Decoder, world: World) -> None:
-    """Leave this rank its stage; what it lacks stands there without memory, under its name and in its shape."""
-    stages, here, spec = world.mesh.pp, world.place["pp"], model.spec
-    owners = kept_by(model, world)
-    for name, p in list(model.named_parameters()):
-        shared = spec.tied and name == "embed.weight" and here == stages - 1  # read as the head
-        if stage_of(name, spec, stages) != here and not shared:
-            p = RemoteParameter(p.detach().new_zeros(()).expand(p.shape), requires_grad=False)
-            put(model, name, p)
-        p.kept_by, p.again = owners[name], shared  # type: ignore[attr-defined]
-    model.tie()
-    for layer, block in enumerate(model.blocks):
-        if stage_of(f"blocks.{layer}", spec, stages) != here:
-            block.forward = lambda x, step, layer: x
-    line = torch.arange(world.size).view(stages, -1)[:, world.rank % (world.size // stages)].tolist()
-    if here > 0:
-        model.embedded = RecvActivations(spec.dim, model.dtype, line[here - 1])
-    if here < stages - 1:
-        model.norm.forward = SendActivations(line[here + 1])  # pyright: ignore[reportAttributeAccessIssue]
-    model.hidden_states = MicroBatches(model, PARTS * stages)
-
-
 class RemoteParameter(nn.Parameter):
-    """A parameter that another stage has: all of its shape is one number."""
+    """A placeholder without memory for a parameter that another stage holds."""
 
 
-# ------------------------------------------------------------------ the way of the stream
+class RemoteBlock(nn.Module):
+    """A placeholder for a block of another stage, with the same parameter names: the identity."""
 
+    def __init__(self, block: nn.Module, peer: int = -1):
+        self.__dict__.update(block.__dict__)
+        self.peer = peer  # the rank of that stage, where activations pass
 
-class MicroBatches:
-    """`model.hidden`, some rows at a time."""
-
-    def __init__(self, model: Decoder, parts: int):
-        self.hidden_states, self.parts = model.hidden_states, parts
-
-    def __call__(
-        self, ids: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None, **rest: Any
-    ) -> Tensor:
-        rows, found = -(-len(ids) // self.parts), []
-        for start in range(0, len(ids), rows):
-            part = slice(start, start + rows)
-            at = positions if positions is None or len(positions) == 1 else positions[part]
-            inside = None if documents is None else documents[part]
-            found.append(self.hidden_states(ids[part], positions=at, documents=inside, **rest))
-        return torch.cat(found)
-
-
-class RecvActivations:
-    """`model.embedded` of a later stage."""
-
-    def __init__(self, dim: int, dtype: torch.dtype, peer: int):
-        self.dim, self.dtype, self.peer = dim, dtype, peer
-
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        begin = torch.zeros((), dtype=self.dtype, device=ids.device, requires_grad=True)  # gradients end there
-        return Received.apply(begin, (*ids.shape, self.dim), self.peer)
-
-
-class SendActivations:
-    """`model.norm` of an earlier stage."""
-
-    def __init__(self, peer: int):
-        self.peer = peer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return Sent.apply(x, self.peer)
-
-
-class Received(torch.autograd.Function):
-    """What the stage before has sent; its gradient goes back there."""
-
-    @staticmethod
-    def forward(ctx: Any, begin: Tensor, shape: tuple[int, ...], peer: int) -> Tensor:
-        ctx.peer, x = peer, begin.new_empty(shape)
-        dist.recv(x, peer)
+    def forward(self, x: Tensor, ctx: Any, layer: int) -> Tensor:
         return x
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        dist.send(grads[0].contiguous(), ctx.peer)
-        return None, None, None
+
+class RecvActivations(RemoteBlock):
+    """The last block of the previous stage: its output is received."""
+
+    def forward(self, x: Tensor, ctx: Any, layer: int) -> Tensor:
+        return recv(x, self.peer)
 
 
-class Sent(torch.autograd.Function):
-    """The same numbers, which the next stage has now too; the gradient is the one that comes from there."""
+class SendActivations(RemoteBlock):
+    """The first block of the next stage: its input is sent."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, peer: int) -> Tensor:
-        ctx.peer = peer
-        dist.send(x.contiguous(), peer)
-        return x.clone()
+    def forward(self, x: Tensor, ctx: Any, layer: int) -> Tensor:
+        return send(x, self.peer)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        found = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-        dist.recv(found, ctx.peer)
-        return found, None
+
+class PipelineStage(Decoder):
+    """A decoder that holds one stage of another decoder and runs each batch in micro-batches."""
+
+    def __init__(self, decoder: Decoder, world: World):
+        self.__dict__.update(decoder.__dict__)
+        self.micro_batches = MICRO_BATCHES * world.mesh.pp
+        self.drop_remote_parameters(world)
+        stage, ranks = world.coordinates["pp"], world.pipeline_ranks
+        own = [i for i in range(len(self.blocks)) if stage_of(f"blocks.{i}", self.spec, len(ranks)) == stage]
+        for i, block in enumerate(self.blocks):
+            if i == own[0] - 1:
+                self.blocks[i] = RecvActivations(block, ranks[stage - 1])
+            elif i == own[-1] + 1:
+                self.blocks[i] = SendActivations(block, ranks[stage + 1])
+            elif i not in own:
+                self.blocks[i] = RemoteBlock(block)
+
+    def drop_remote_parameters(self, world: World) -> None:
+        """Replace other stages' parameters by placeholders. `owner_rank` is the rank that writes one to checkpoints."""
+        stages, stage = world.mesh.pp, world.coordinates["pp"]
+        ranks = torch.arange(world.size).view(stages, -1)[:, 0].tolist()
+        for name, p in list(self.named_parameters()):
+            owner = stage_of(name, self.spec, stages)
+            is_tied_head = self.spec.tied and name == "embed.weight" and stage == stages - 1
+            if owner != stage and not is_tied_head:
+                p = RemoteParameter(p.detach().new_zeros(()).expand(p.shape), requires_grad=False)
+                module, _, key = name.rpartition(".")
+                setattr(self.get_submodule(module), key, p)
+            p.owner_rank, p.is_tied_copy = ranks[owner], is_tied_head  # type: ignore[attr-defined]
+        self.tie()
+
+    def hidden_states(
+        self, ids: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        rows, outputs = -(-len(ids) // self.micro_batches), []
+        for start in range(0, len(ids), rows):
+            part = slice(start, start + rows)
+            outputs.append(
+                super().hidden_states(
+                    ids[part],
+                    positions=positions if positions is None or len(positions) == 1 else positions[part],
+                    documents=None if documents is None else documents[part],
+                    **options,
+                )
+            )
+        return torch.cat(outputs)

@@ -1,4 +1,4 @@
-"""Processes that torchrun started, joined and left together."""
+"""Processes started by torchrun: joining them into one process group and leaving it together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,55 +14,73 @@ from torch.distributed.rendezvous import rendezvous
 
 from oneblock.errors import OneblockError
 
-PATIENCE = timedelta(seconds=60)  # that a rank waits for the others before it gives up
+STORE_TIMEOUT = timedelta(seconds=300)  # for ranks to start and to end: one may import or write for long
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)  # for a collective: one rank waits no longer for another
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's number, and how many there are."""
+class ProcessGroup:
+    """This process's rank, the number of ranks, and their torch group (None: the default group)."""
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
 
 
-def started() -> int:
-    """How many ranks torchrun has started; 1 without it."""
+def torchrun_world_size() -> int:
+    """Return the number of ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, or this process alone. What a lost rank does to the others is one line.
+def init_process_group(device: str) -> Iterator[ProcessGroup]:
+    """Join the ranks that torchrun started, or yield this process alone; a lost rank raises a OneblockError.
 
-    After a failure the groups stay: to take one apart with sums under way can hang, since it waits for gloo's threads
-    with Python's lock in hand, and they want that lock to be done with a sum. So a rank that failed must end without
-    Python's own end, which takes everything apart (cli.end).
+    After a failure the process group is not destroyed: destroying it during a collective can deadlock, since it waits
+    for gloo's threads with the GIL held, and they need the GIL to finish. So a failed rank must skip Python's own
+    teardown (cli.end).
     """
-    if started() == 1:
-        yield Ranks()
+    if torchrun_world_size() == 1:
+        yield ProcessGroup()
         return
+    try:
+        store, ranks = _connect(device)
+        yield ranks
+        _store_barrier(store, "exit", ranks)
+        dist.destroy_process_group()
+    except RuntimeError as e:
+        if not _is_connection_failure(e):
+            raise
+        rank = os.environ.get("RANK", "?")
+        reason = str(e).strip().splitlines()[0]
+        raise OneblockError(
+            f"rank {rank} of {torchrun_world_size()} lost the connection to the other ranks: {reason}"
+        ) from e
+
+
+def _connect(device: str) -> tuple[dist.Store, ProcessGroup]:
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=STORE_TIMEOUT))
+    ranks = ProcessGroup(rank, size)
+    _store_barrier(store, "start", ranks)  # gloo's own timeout is the shorter one of collectives
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    try:
-        yield Ranks(rank, size)
-        leave(store, rank, size)
-        dist.destroy_process_group()
-    except (RuntimeError, dist.DistError) as e:
-        if isinstance(e, OneblockError):
-            raise
-        raise OneblockError(f"rank {rank} of {size} lost the others or failed: {str(e).strip().splitlines()[0]}") from e
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    _store_barrier(store, "ready", ranks)  # a rank that fails from here on does not break the others' start
+    return store, ranks
 
 
-def leave(store: Any, rank: int, size: int) -> None:
-    """Until all are through, and rank 0, which may hold the store, last: gloo ends a process whose peer has gone."""
-    if store.add("oneblock/through", 1) == size:
-        store.set("oneblock/all", "1")
-    store.wait(["oneblock/all"])
-    if store.add("oneblock/seen", 1) == size:
-        store.set("oneblock/over", "1")
-    if rank == 0:
-        store.wait(["oneblock/over"])
+def _store_barrier(store: dist.Store, name: str, ranks: ProcessGroup) -> None:
+    """Wait until all ranks arrive. Rank 0, which may host the store, returns last."""
+    for step, waits in (("arrived", True), ("left", ranks.rank == 0)):
+        key = f"oneblock/{name}/{step}"
+        if store.add(key, 1) == ranks.size:
+            store.set(f"{key}/all", "1")
+        if waits:
+            store.wait([f"{key}/all"], STORE_TIMEOUT)
+
+
+def _is_connection_failure(e: RuntimeError) -> bool:
+    """Whether a collective or the store failed. gloo raises plain RuntimeErrors that name its source file."""
+    return isinstance(e, dist.DistError) or any(text in str(e) for text in ("/gloo/", "timeout caused pair closure"))

@@ -1,30 +1,30 @@
-"""This process's place among those that train together: alone, unless torchrun started several."""
+"""This rank's place in the mesh, its process groups, and the reductions of one training step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from oneblock.data.packed import IGNORE, Batch
 from oneblock.model import Decoder
 from oneblock.parallel.mesh import KEYS, Mesh, parse_mesh
-from oneblock.parallel.process_group import joined, started
+from oneblock.parallel.process_group import ProcessGroup, init_process_group, torchrun_world_size
 
 
 @dataclass(frozen=True)
 class World:
+    """One rank of a mesh; by default a single process."""
+
     rank: int = 0
     mesh: Mesh = field(default_factory=Mesh)
     device: str = "cpu"
@@ -34,219 +34,168 @@ class World:
         return self.mesh.size
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and prints what concerns all."""
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes what concerns all."""
         return self.rank == 0
 
     @cached_property
-    def place(self) -> dict[str, int]:
-        """Its index along each way of sharing."""
-        found = torch.unravel_index(torch.tensor(self.rank), self.mesh.shape)
-        return {key: int(i) for key, i in zip(KEYS, found, strict=True)}
+    def coordinates(self) -> dict[str, int]:
+        """Its index along each dimension of the mesh."""
+        indices = torch.unravel_index(torch.tensor(self.rank), self.mesh.shape)
+        return {key: int(i) for key, i in zip(KEYS, indices, strict=True)}
 
     @property
     def data_rank(self) -> int:
-        """Which share of a batch's rows this process reads."""
-        return (self.place["dp"] * self.mesh.ep + self.place["ep"]) * self.mesh.fsdp + self.place["fsdp"]
+        """Its index among the ranks that read different rows."""
+        at = self.coordinates
+        return (at["dp"] * self.mesh.ep + at["ep"]) * self.mesh.fsdp + at["fsdp"]
 
     @property
     def data_ranks(self) -> int:
-        return self.mesh.data
+        return self.mesh.data_ranks
+
+    @property
+    def pipeline_ranks(self) -> list[int]:
+        """The ranks of its pipeline, by stage."""
+        per_stage = self.size // self.mesh.pp
+        return list(range(self.rank % per_stage, self.size, per_stage))
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinates["pp"] == self.mesh.pp - 1
+
+    @property
+    def grad_divisor(self) -> int:
+        """Number of ranks over which the backward pass averages gradients: those with the same shard of the weights."""
+        return self.size // (self.mesh.tp * self.mesh.pp)
+
+    @property
+    def uses_ddp(self) -> bool:
+        """Whether weights are replicated, experts aside, so that DistributedDataParallel serves them."""
+        return self.grad_divisor > 1 and self.mesh.fsdp == self.mesh.tp == 1
+
+    @property
+    def has_full_weights(self) -> bool:
+        """Whether every rank holds the whole model."""
+        return self.mesh.fsdp == self.mesh.tp == self.mesh.ep == self.mesh.pp == 1
 
     # ------------------------------------------------------------------ groups
 
     @cached_property
-    def sharded(self) -> DeviceMesh:
-        """(replicas, shards, tp): what FSDP and tensor parallel lay their tensors over. Collective."""
+    def fsdp_tp_mesh(self) -> DeviceMesh:
+        """(replicas, shards, tp): the device mesh of FSDP and tensor parallelism. Collective."""
         mesh = self.mesh
         ranks = torch.arange(self.size).view(mesh.pp * mesh.dp * mesh.ep * mesh.cp, mesh.fsdp, mesh.tp)
         return DeviceMesh(self.device, ranks, mesh_dim_names=("replicas", "shards", "tp"))
 
     @cached_property
-    def groups(self) -> dict[str, dist.ProcessGroup]:
-        """By name, of the ranks that differ from this one in that way alone. Collective."""
-        ranks = torch.arange(self.size).view(self.mesh.shape)
-        wanted = {
-            "same_experts": ("dp", "cp"),
-            "ep": ("ep",),
-            "cp": ("cp",),
-            "tp": ("tp",),
-            "pp": ("pp",),
-            "dp": ("dp",),
-        }
-        return {name: self._group(ranks, keys) for name, keys in wanted.items()}
-
-    def _group(self, ranks: Tensor, keys: tuple[str, ...]) -> dist.ProcessGroup:
-        """Of the ranks that differ from this one in `keys` alone; every rank makes every group, in one order."""
-        apart = [i for i, key in enumerate(KEYS) if key not in keys]
-        together = [i for i, key in enumerate(KEYS) if key in keys]
-        each = ranks.permute(*apart, *together).reshape(
-            -1, int(torch.tensor([self.mesh.shape[i] for i in together]).prod())
-        )
-        mine, _ = dist.new_subgroups_by_enumeration(each.tolist())
-        assert isinstance(mine, dist.ProcessGroup)
-        return mine
-
-    @cached_property
-    def experts(self) -> DeviceMesh:
+    def ep_mesh(self) -> DeviceMesh:
         return DeviceMesh.from_group(self.groups["ep"], self.device, mesh_dim_names=("ep",))
 
-    # ------------------------------------------------------------------ what the loop asks
+    @cached_property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The process group along each dimension; `expert_replicas` hold the same experts. Collective."""
+        dims = {"expert_replicas": ("dp", "cp"), **{key: (key,) for key in ("ep", "cp", "tp", "pp", "dp")}}
+        return {name: self._group(keys) for name, keys in dims.items()}
+
+    def _group(self, keys: tuple[str, ...]) -> dist.ProcessGroup:
+        """The ranks that differ from this one along `keys` alone; all ranks create all groups in the same order."""
+        other = [i for i, key in enumerate(KEYS) if key not in keys]
+        along = [i for i, key in enumerate(KEYS) if key in keys]
+        ranks = torch.arange(self.size).view(self.mesh.shape).permute(*other, *along)
+        groups = ranks.reshape(-1, math.prod(self.mesh.shape[i] for i in along)).tolist()
+        own, _ = dist.new_subgroups_by_enumeration(groups)
+        assert isinstance(own, dist.ProcessGroup)
+        return own
 
     @property
-    def averaged(self) -> int:
-        """Over how many ranks the backward pass averages gradients: those that have the same part of the weights."""
-        return self.size // (self.mesh.tp * self.mesh.pp)
+    def tp_group(self) -> ProcessGroup:
+        return ProcessGroup(self.coordinates["tp"], self.mesh.tp, self.groups["tp"])
 
-    @property
-    def copies(self) -> bool:
-        """Whether weights are copies of each other but for experts: DistributedDataParallel then serves them best."""
-        return self.averaged > 1 and self.mesh.fsdp == self.mesh.tp == 1
+    # ------------------------------------------------------------------ reductions
 
-    @property
-    def judges(self) -> bool:
-        """Whether it has the targets: of a pipeline, the last stage."""
-        return self.place["pp"] == self.mesh.pp - 1
-
-    def split(self, batch: Batch) -> Batch:
-        """This process's part of the rows it reads.
-
-        Of `cp` ranks each has two pieces of every row, from both ends, so that all attend alike. Of `tp` ranks each
-        has the same ids, and a piece of the targets. Rows that do not divide get more ids, without targets.
-        """
-        mesh = self.mesh
-        if mesh.cp == mesh.tp == 1:
-            return batch if self.judges else without_targets(batch)
-        batch = lengthened(batch, (2 * mesh.cp if mesh.cp > 1 else 1) * mesh.tp)
-        if mesh.cp > 1:
-            mine = zigzag(batch.ids.shape[1], self.place["cp"], mesh.cp)
-            batch = replace(batch, ids=batch.ids[:, mine], targets=batch.targets[:, mine], positions=mine[None])
-        targets = batch.targets.chunk(mesh.tp, 1)[self.place["tp"]]
-        return replace(batch, targets=targets, count=int((targets != IGNORE).sum()))
-
-    def share(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Of batches that every process has, the part of this one: as many for each, some of them without targets."""
-        waiting = iter(batches)
-        while found := list(islice(waiting, self.data_ranks)):
-            mine = self.data_rank
-            yield self.split(found[mine] if mine < len(found) else without_targets(found[0]))
-
-    def total(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, each of which has its own targets."""
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over all ranks."""
         if self.size == 1:
             return x
         x = x.clone()
         dist.all_reduce(x)
         return x
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.all_reduce_sum(torch.tensor(float(flag))))
+
+    def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    @property
-    def whole(self) -> bool:
-        """Whether every rank has all of the weights."""
-        return self.mesh.fsdp == self.mesh.tp == self.mesh.ep == self.mesh.pp == 1
+    def sync_grads(self, learner: nn.Module, is_last: bool) -> AbstractContextManager[object]:
+        """Return the context of one micro-batch's backward pass: replicas exchange gradients in the step's last one.
 
-    def agree(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        if self.size == 1:
-            return flag
-        found = torch.tensor(float(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
-
-    def syncing(self, learner: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Around one batch's backward pass: gradients go to all copies with the last of a step.
-
-        Shards add theirs up with every batch, so that whole gradients are never kept.
+        Shards are reduce-scattered in every one, so that full gradients are never kept.
         """
         if isinstance(learner, DistributedDataParallel):
-            return nullcontext() if last else learner.no_sync()
+            return nullcontext() if is_last else learner.no_sync()
         for module in learner.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_all_reduce(last, recurse=False)
+                module.set_requires_all_reduce(is_last, recurse=False)
         return nullcontext()
 
     @torch.no_grad()
-    def exchange(self, model: Decoder) -> None:
-        """Add up gradients over ranks, where the backward pass has not done so."""
-        if self.mesh.pp > 1 and model.spec.tied:  # the first stage has its gradient as embedding, the last as head
+    def all_reduce_grads(self, model: Decoder) -> None:
+        """Sum the gradients that neither DDP nor FSDP reduces: tied embeddings, experts, and what tp replicates."""
+        if self.mesh.pp > 1 and model.spec.tied:  # the first stage has the embedding's gradient, the last the head's
             p = model.embed.weight
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(grad, group=self.groups["pp"])
         for p in model.parameters() if self.mesh.ep * self.mesh.tp > 1 else ():
             if p.grad is None:
                 continue
-            names, here = laid_over(p), p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            if "ep" in names:
-                dist.all_reduce(here, group=self.groups["same_experts"])
-                here /= self.averaged
-            elif "tp" not in names and self.mesh.tp > 1:
-                dist.all_reduce(here, group=self.groups["tp"])
+            dims, grad = sharded_dims(p), p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            if "ep" in dims:
+                dist.all_reduce(grad, group=self.groups["expert_replicas"])
+                grad /= self.grad_divisor
+            elif "tp" not in dims and self.mesh.tp > 1:
+                dist.all_reduce(grad, group=self.groups["tp"])
 
-    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Scale gradients so that their norm, over all shards, is at most `limit`; the norm they had."""
-        found = [p for p in parameters if p.grad is not None]
-        if self.mesh.pp > 1:
-            return self._clip_stages(found, limit)
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale gradients to a global norm of at most `max_norm`; return the norm before."""
+        params = [p for p in parameters if p.grad is not None]
         if self.size == 1:
-            return torch.nn.utils.clip_grad_norm_(found, limit, foreach=True)
-        alike: dict[object, list[nn.Parameter]] = {}
-        for p in found:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=True)
+        by_mesh: dict[object, list[nn.Parameter]] = {}
+        for p in params:
             key = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-            alike.setdefault(key, []).append(p)
-        norms = []
-        for part in alike.values():
-            norm = torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        whole = torch.stack(norms).norm()
-        for part in alike.values():
-            torch.nn.utils.clip_grads_with_norm_(part, limit, whole)
-        return whole
+            by_mesh.setdefault(key, []).append(p)
+        if self.mesh.pp > 1:
+            total = self._norm_over_stages(params)
+        else:
+            total = torch.stack([total_norm(group) for group in by_mesh.values()]).norm()
+        for group in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
+        return total
 
-    def _clip_stages(self, found: list[nn.Parameter], limit: float) -> Tensor:
-        """The same for stages of a pipeline; a matrix that two of them have counts once."""
-        own = [p.grad for p in found if p.grad is not None and not p.again]  # type: ignore[attr-defined]
-        squares = torch.nn.utils.get_total_norm(own).square()
+    def _norm_over_stages(self, params: list[nn.Parameter]) -> Tensor:
+        """Return the gradient norm over pipeline stages; a tied matrix counts once."""
+        squares = total_norm([p for p in params if not p.is_tied_copy]).square()  # type: ignore[attr-defined]
         dist.all_reduce(squares, group=self.groups["pp"])
-        whole = squares.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(found, limit, whole)
-        return whole
+        return squares.sqrt()
 
 
-def laid_over(p: nn.Parameter) -> tuple[str, ...]:
-    """The ways of sharing in which ranks have different parts of it."""
+def total_norm(params: list[nn.Parameter]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sharded_dims(p: nn.Parameter) -> tuple[str, ...]:
+    """The mesh dimensions over which a parameter is sharded."""
     return p.device_mesh.mesh_dim_names or () if isinstance(p, DTensor) else ()
 
 
-def zigzag(length: int, part: int, parts: int) -> Tensor:
-    """Places in a row: of 2 x parts pieces the one at `part`, and its fellow from the end."""
-    pieces = torch.arange(length).chunk(2 * parts)
-    return torch.cat((pieces[part], pieces[-1 - part]))
-
-
-def lengthened(batch: Batch, multiple: int) -> Batch:
-    """Rows with ids at their ends that nobody learns: what comes before does not see them."""
-    more = -batch.ids.shape[1] % multiple
-
-    def ended(x: Tensor | None, value: int) -> Tensor | None:
-        return x if x is None or not more else F.pad(x, (0, more), value=value)
-
-    ids, targets = ended(batch.ids, 0), ended(batch.targets, IGNORE)
-    assert ids is not None
-    assert targets is not None
-    return Batch(ids, targets, batch.count, ended(batch.documents, -1), ended(batch.positions, 0))
-
-
-def without_targets(batch: Batch) -> Batch:
-    return replace(batch, targets=torch.full_like(batch.targets, IGNORE), count=0)
-
-
 @contextmanager
-def together(mesh: str, device: str) -> Iterator[World]:
-    """The world that torchrun has started, or this process alone."""
-    found = parse_mesh(mesh, started())
-    with joined(device) as ranks:
-        yield World(ranks.rank, found, device.partition(":")[0]) if ranks.size > 1 else World()
+def init_world(mesh: str, device: str) -> Iterator[World]:
+    """Join the ranks that torchrun started, laid out as `mesh`, or yield a single process."""
+    parsed = parse_mesh(mesh, torchrun_world_size())
+    with init_process_group(device) as ranks:
+        yield World(ranks.rank, parsed, device.partition(":")[0]) if ranks.size > 1 else World()

@@ -38,7 +38,7 @@ def learner_for(
         for block in model.blocks:
             block.compile()
     experts = any(isinstance(m, Moe) for m in model.modules())
-    routing = Routing(model, objective, world.total) if experts else None
+    routing = Routing(model, objective, world.all_reduce_sum) if experts else None
     loss: Loss = partial(pretraining, dropout=dropout, z_loss=objective.z_loss, routing=routing)
     return ModelWithLoss(model, loss, routing.update_expert_bias if routing else None)
 

@@ -176,7 +176,7 @@ class Share:
             f"optimizer-{rank + 1:05}-of-{ranks:05}.safetensors" if ranks > 1 else "optimizer.safetensors"
         )
         for i, (name, p) in enumerate(state.model.named_parameters()):
-            weight, writer = whole(p, copy), getattr(p, "kept_by", i % ranks)
+            weight, writer = whole(p, copy), getattr(p, "owner_rank", i % ranks)
             if name in wanted:
                 self.weights[name] = weight
             for key, x in moments(state, name, p):
@@ -200,9 +200,9 @@ def whole(x: Tensor, copy: bool) -> Tensor:
     Collective for shards, and for a pipeline's parameters.
     """
     full = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
-    if hasattr(x, "kept_by"):
+    if hasattr(x, "owner_rank"):
         full = torch.empty_like(full, memory_format=torch.contiguous_format).copy_(full)
-        dist.broadcast(full, x.kept_by)  # type: ignore[attr-defined]
+        dist.broadcast(full, x.owner_rank)  # type: ignore[attr-defined]
         return full.cpu()
     here = full.cpu()
     return here.clone() if copy and here.data_ptr() == x.data_ptr() else here

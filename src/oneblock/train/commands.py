@@ -33,12 +33,12 @@ SHAPES = ("tokenizer", "vocab", "model", *Train().sizes.__dataclass_fields__)
 def train(options: Train) -> None:
     """Train a model on text, alone or with the ranks that torchrun has started, or go on with a run."""
     from oneblock.kernels.heap import reuse_memory
-    from oneblock.parallel.world import together
+    from oneblock.parallel.world import init_world
 
     loop = (options if options.resume is None else resumed(options)).loop
     if not loop.device.startswith("cuda"):
         reuse_memory()
-    with together(loop.mesh, loop.device) as world:
+    with init_world(loop.mesh, loop.device) as world:
         (begin if options.resume is None else resume)(options, world)
 
 
@@ -53,7 +53,7 @@ def begin(options: Train, world: World) -> None:
     job = prepare(options)
     options = with_changes(options, {"compile": "on" if compiles(job.spec, options.loop, job.context) else "off"})
     found = estimate(job, options, world)
-    if world.first:
+    if world.is_main:
         print(summary(job, options, found))
     if options.dry_run:
         judge(job, options, found, world)
@@ -62,10 +62,10 @@ def begin(options: Train, world: World) -> None:
     if options.out is None and world.size > 1:
         raise OneblockError(f"{world.size} ranks need one folder: give --out FOLDER")
     state, run = fresh(job, options, world), options.out
-    if world.first:
+    if world.is_main:
         run = new_folder(options.out)
         record(run, options)
-    world.wait()
+    world.barrier()
     assert run is not None
     follow(job, options, run, state, found, world)
 
@@ -83,15 +83,15 @@ def resume(options: Train, world: World) -> None:
     assert run is not None
 
     def warn(line: str) -> None:
-        if world.first:
+        if world.is_main:
             print(f"warning: {line}", file=sys.stderr)
 
     folder = checkpoint.newest(run, warn)
-    options = resumed(options, told=world.first)
+    options = resumed(options, told=world.is_main)
     job = prepare(options, Tokenizer.load(folder))
     found = estimate(job, options, world)
     if options.dry_run:
-        if world.first:
+        if world.is_main:
             print(f"from    {folder}\n{summary(job, options, found)}")
         judge(job, options, found, world)
         return
@@ -100,7 +100,7 @@ def resume(options: Train, world: World) -> None:
     at = checkpoint.restore(folder, state)
     if at.data != job.fingerprint and not options.allow_changes:
         raise OneblockError(f"the text has changed since {run} began: put it back, or start a new run from {folder}")
-    if world.first:
+    if world.is_main:
         print(f"resuming {run} at step {at.step:,}")
         record(run, options)
     follow(job, options, run, state, found, world)
@@ -110,16 +110,15 @@ def judge(job: Job, options: Train, found: Estimate, world: World) -> None:
     """The last line of a dry run: whether it would begin."""
     from oneblock.train.preflight import verdict
 
-    if world.first:
+    if world.is_main:
         print(f"check   {verdict(job, options, found, world) or 'it fits'}")
 
 
 def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
     """What cannot be shared among the ranks, or does not fit the machine."""
-    from oneblock.parallel import parallelize
     from oneblock.train import preflight
 
-    parallelize.check(job.spec, job.context, options, world.mesh)
+    preflight.check_mesh(job.spec, job.context, options, world.mesh)
     preflight.check(job, options, found, world)
 
 
@@ -130,16 +129,16 @@ def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate, wor
     from oneblock.train.progress import Show
     from oneblock.train.trainer import Trainer
 
-    show = Show(options.loop, None if world.first else Console(quiet=True))
+    show = Show(options.loop, None if world.is_main else Console(quiet=True))
     session = Trainer(job, options, run, state, show, found, world)
     finished = session.go()
     if not finished:
-        if world.first:
+        if world.is_main:
             print(
                 f"stopped at step {state.step:,} and saved; go on with: oneblock train --resume {run}", file=sys.stderr
             )
         raise SystemExit(130)
-    if world.first:
+    if world.is_main:
         print(f"the report:    {run}/report.md\nwrite with it: oneblock generate {run}/latest --prompt '...'")
 
 

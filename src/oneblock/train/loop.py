@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from oneblock.data.batch_shards import shard_batch
 from oneblock.data.packed import Batch
 from oneblock.model import Decoder
 from oneblock.parallel.world import World
@@ -88,7 +89,7 @@ def train(
     learner = loss if isinstance(loss, nn.Module) else ModelWithLoss(state.model, loss)
     engine = TrainStep(learner, batches, loop, optimizer, schedule, world or World())
     began = time.perf_counter() - state.seconds
-    while (progress := done(state, loop)) < 1 and not engine.world.agree(state.stop):
+    while (progress := done(state, loop)) < 1 and not engine.world.any_rank(state.stop):
         rate = share(progress, state.step, schedule)
         state.optimizer.set_rate(rate)
         seed = (engine.world.rank << 40) + loop.seed * 1_000_003 + state.step
@@ -140,9 +141,10 @@ class TrainStep:
         micro_batches, warmup = self.loop.gradient_accumulation_steps, self.schedule.batch_size_warmup_steps
         first = batches_before(state.step, micro_batches, warmup)
         numbers = range(first, first + batches_in(state.step, micro_batches, warmup))
-        parts = [self.world.split(self.batches(n)) for n in numbers]
+        parts = [shard_batch(self.batches(n), self.world) for n in numbers]
         device = next(state.model.parameters()).device
-        count = self.world.total(torch.tensor(sum(part.count for part in parts), dtype=torch.float64, device=device))
+        count = torch.tensor(sum(part.count for part in parts), dtype=torch.float64, device=device)
+        count = self.world.all_reduce_sum(count)
         seen: dict[str, Tensor] = {"loss": torch.zeros((), device=device)}
         for part in parts:
             if state.stop and self.world.size == 1:
@@ -150,9 +152,9 @@ class TrainStep:
                 return None
             weight = (part.count / count).float()
             self.backward(part.to(device), weight, seen, last=part is parts[-1])
-        seen = {key: self.world.total(value) for key, value in seen.items()}
-        self.world.exchange(state.model)
-        norm = self.world.clip(state.model.parameters(), self.optimizer.max_grad_norm or float("inf"))
+        seen = {key: self.world.all_reduce_sum(value) for key, value in seen.items()}
+        self.world.all_reduce_grads(state.model)
+        norm = self.world.clip_grad_norm(state.model.parameters(), self.optimizer.max_grad_norm or float("inf"))
         good = torch.isfinite(norm) & torch.isfinite(seen["loss"])
         state.optimizer.step(good)
         state.optimizer.zero_grad()
@@ -170,9 +172,9 @@ class TrainStep:
 
     def backward(self, part: Batch, weight: Tensor, seen: dict[str, Tensor], last: bool) -> None:
         """Add one batch's share to the gradients and to what is shown; `weight` is its share of the step's targets."""
-        with self.world.syncing(self.learner, last):
+        with self.world.sync_grads(self.learner, last):
             with precision(self.loop):
                 value, shown = self.learner(part)
-            (value * (weight * self.world.averaged)).backward()
+            (value * (weight * self.world.grad_divisor)).backward()
         for key, x in {"loss": value.detach(), **shown}.items():
             seen[key] = seen.get(key, 0.0) + x.detach() * weight

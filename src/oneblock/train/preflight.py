@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 from oneblock.errors import OneblockError
+from oneblock.parallel import parallelize
 from oneblock.parallel.mesh import Mesh
 from oneblock.parallel.world import World
 from oneblock.plan import flops, memory, params
 from oneblock.plan.activations import ActivationCheckpointing
 from oneblock.plan.training import GPUS, Gpu, Run, run
+from oneblock.spec import Spec
 from oneblock.train import loggers as sinks
 from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total_memory, use_device
 from oneblock.train.optim import batches_before
@@ -103,7 +105,7 @@ def need(job: Job, options: Train, batch: int, recompute: ActivationCheckpointin
         dtype=str(product_dtype(loop)).removeprefix("torch."),
         activation_checkpointing=recompute,
         optimizer=optimizer.optimizer,
-        accumulate=loop.gradient_accumulation_steps > 1 or world.copies,  # DistributedDataParallel keeps its buckets
+        accumulate=loop.gradient_accumulation_steps > 1 or world.uses_ddp,  # DistributedDataParallel keeps its buckets
         ema=bool(optimizer.ema),
         cpu=torch.device(loop.device).type == "cpu",
         parallelism=over(world.mesh),
@@ -165,6 +167,18 @@ def check(job: Job, options: Train, found: Estimate, world: World | None = None)
     sinks.check(options.watch)
     if options.preflight and (wrong := verdict(job, options, found, world)):
         raise OneblockError(f"{wrong}; --no-preflight tries all the same")
+
+
+def check_mesh(spec: Spec, context: int, options: Train, mesh: Mesh) -> None:
+    """OneblockError if the model or the options do not go with the mesh."""
+    optimizer = options.optimizer.optimizer
+    if mesh.size > 1 and options.loop.seconds is not None:
+        raise OneblockError(f"--seconds {options.loop.seconds:g} is for one rank, since clocks differ; use --steps")
+    if mesh.cp > 1 and options.documents:
+        raise OneblockError(f"--documents is not supported with cp={mesh.cp}; leave one of them out")
+    if optimizer != "adamw" and (mesh.fsdp > 1 or mesh.tp > 1 or mesh.ep > 1):
+        raise OneblockError(f"--optimizer {optimizer} needs unsharded weights, not {mesh}; use dp, cp or pp, or adamw")
+    parallelize.check_mesh(spec, context, mesh)
 
 
 def shapes(job: Job, options: Train, world: World) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from oneblock.data.batch_shards import deal_batches
 from oneblock.data.loader import Loader
 from oneblock.data.packed import Batch, in_order
 from oneblock.data.tokens import Tokens
@@ -43,7 +44,7 @@ def fresh(job: Job, options: Train, world: World | None = None) -> State:
     model = Decoder(job.spec)
     init_weights(model, options.loop.seed, options.start.zero_init_residual, options.start.embed_std)
     model = model.to(use_device(options.loop.device))
-    parallelize.apply(model, world or World())
+    model = parallelize.parallelize(model, world or World())
     return start(model, options.optimizer)
 
 
@@ -101,8 +102,8 @@ class Trainer:
     ):
         self.job, self.options, self.run, self.state, self.show = job, options, run, state, show
         self.world = world or World()
-        self.log = Log(run, state.step, silent=not self.world.first)
-        self.sinks = sinks(run, options, state.step) if self.world.first else []
+        self.log = Log(run, state.step, silent=not self.world.is_main)
+        self.sinks = sinks(run, options, state.step) if self.world.is_main else []
         self.guard = Guard(run)
         self.device = torch.device(options.loop.device)
         self.plan = plan or estimate(job, options, self.world)
@@ -129,7 +130,7 @@ class Trainer:
         learner = learner_for(self.state.model, options.loop, options.objective, dropout, world)
         with self.show, self.closing(), batches, stopping(self.state):
             how = (options.loop, options.optimizer, options.schedule)
-            train(self.state, batches, parallelize.wrap(learner, world), *how, self.observe, self.world)
+            train(self.state, batches, parallelize.wrap_ddp(learner, world), *how, self.observe, self.world)
             self.inspect()
             finished = done(self.state, options.loop) >= 1
             if self.saved != self.state.step:
@@ -211,7 +212,7 @@ class Trainer:
         bad = self.guard.look()
         if not bad:
             return
-        if self.world.first:
+        if self.world.is_main:
             self.guard.write(bad)
         lost = len(self.guard.streak) >= MOST
         if self.options.loop.nonfinite == "stop" or lost:
@@ -225,7 +226,7 @@ class Trainer:
             self.state.step -= 1
             self.state.tokens -= metrics.tokens
         self.save()
-        if self.world.first:
+        if self.world.is_main:
             self.picture()
         tried = f", as in all of the last {MOST} steps" if lost else ""
         skip = "" if lost else f", or pass it: oneblock train --resume {self.run} --nonfinite skip"
@@ -251,14 +252,14 @@ class Trainer:
         batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch_size, self.job.documents)
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
-        shared = self.world.share(batches)
-        found = evaluate(self.state.model, shared, precision(options.loop), total=self.world.total)
-        parallelize.settle(self.state.model)
+        shared = deal_batches(batches, self.world)
+        found = evaluate(self.state.model, shared, precision(options.loop), total=self.world.all_reduce_sum)
+        parallelize.reshard(self.state.model)
         return found
 
     def sample(self, prompt: str, tokens: int) -> str:
         """What the model writes now, the prompt included; nothing where its weights are spread over ranks."""
-        if not self.world.first or not self.world.whole:
+        if not self.world.is_main or not self.world.has_full_weights:
             return ""
         llm = LLM(self.state.model, self.job.tokenizer)
         ids = self.job.tokenizer.encode(prompt) or self.job.texts[0].run(0, 1).tolist()
@@ -276,12 +277,12 @@ class Trainer:
     def finish(self, finished: bool) -> None:
         """What a run leaves beside its checkpoints: pictures, a report, and the averaged model where there is one."""
         state, watch = self.state, self.options.watch
-        if finished and state.ema is not None and self.world.first and self.world.whole:
+        if finished and state.ema is not None and self.world.is_main and self.world.has_full_weights:
             with averaged(state), replace_model_folder(self.run / "ema") as new:
                 write_model(new, state.model)
                 self.job.tokenizer.save(new)
         sample = self.sample(watch.prompt, watch.sample_tokens) if finished else None
-        if self.world.first:
+        if self.world.is_main:
             self.picture()
             report.write(self, sample)
 
