@@ -1,67 +1,102 @@
-"""What every benchmark shares: alternating timing, rows, the record of the machine, `--json` and `--save`."""
+"""Paired measurements, rows, the record of the machine, `--json` and `--save`: shared by every benchmark.
+
+Memory bandwidth of a shared machine changes twofold within a minute, so that two long runs one after the other compare
+two moments. Here both sides take turns of one to two seconds and every pair of turns gives one ratio; reported is the
+median of the paired ratios with its 95% interval. Pairs are added until the interval lies within 0.02 of the median, or
+100 pairs are reached. Whole runs that take longer (start-up, training to a loss) alternate in at least 5 pairs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+TURN = 1.5  # seconds that one turn aims at
+TOLERANCE, MAX_PAIRS = 0.02, 100
 
 
-def arguments(description: str, repeats: int = 5) -> argparse.ArgumentParser:
-    """`--json`, `--save`, `--repeats` and `--threads`; a script adds its own."""
-    parser = argparse.ArgumentParser(description=description)
+@dataclass(frozen=True)
+class Turn:
+    """One turn of one side: its figure (a rate, seconds or bytes) and the CPU-seconds it used."""
+
+    value: float
+    cpu: float
+
+
+def arguments(description: str, pairs: int = 20) -> argparse.ArgumentParser:
+    """`--json`, `--save`, `--pairs`, `--threads` and `--against`; a script adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--save", action="store_true", help="write the rows and the machine to benchmarks/results")
-    parser.add_argument("--repeats", type=int, default=repeats, help="alternating runs of each side; medians are kept")
+    parser.add_argument("--pairs", type=int, default=pairs, help=f"least number of pairs (default {pairs})")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's own choice)")
+    parser.add_argument("--against", type=Path, help="a checkout of another commit, whose side replaces the peers")
+    parser.add_argument("--side", help="run as one side of a pair: used by the script itself")
     return parser
 
 
+# ------------------------------------------------------------------ turns
+
+
 def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def alternate(
-    ours: Callable[[], float], peer: Callable[[], float], repeats: int = 5, warmup: int = 1
-) -> tuple[float, float]:
-    """Medians of what both return, run in turns (ours peer, peer ours, ..): a noisy machine treats them alike."""
-    for _ in range(warmup):
-        ours()
-        peer()
-    found: tuple[list[float], list[float]] = ([], [])
-    for i in range(repeats):
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
-            found[side].append((ours, peer)[side]())
-    return statistics.median(found[0]), statistics.median(found[1])
+def timed_turn(run: Callable[[], float]) -> Turn:
+    """A turn of this process and its finished children."""
+    before = cpu_seconds()
+    value = run()
+    return Turn(value, cpu_seconds() - before)
 
 
-class Side:
-    """A process of the running script that times something whenever it is asked."""
+def cpu_seconds() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
-    def __init__(self, flags: list[str]):
-        argv, log = [sys.executable, sys.argv[0], *flags], None if os.environ.get("DEBUG") else subprocess.DEVNULL
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 
-    def ask(self, *what: Any) -> float:
+class Worker:
+    """A process of the running script that waits for its turn, so that neither side disturbs the other's memory."""
+
+    def __init__(self, flags: Sequence[str], checkout: Path | None = None):
+        script = Path(sys.argv[0]).resolve()
+        env = dict(os.environ)
+        if checkout is not None:
+            script = checkout.resolve() / "benchmarks" / script.name
+            env["PYTHONPATH"] = str(checkout.resolve() / "src")
+        log = None if os.environ.get("DEBUG") else subprocess.DEVNULL
+        argv = [sys.executable, str(script), *flags]
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
+        )
+
+    def ask(self, *args: Any) -> Turn:
+        """One turn: the arguments of the function that the process serves."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.write(json.dumps(args) + "\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: a side of the benchmark ended ({self.process.wait()}); DEBUG=1 shows its errors")
+        return Turn(*json.loads(line))
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -69,38 +104,119 @@ class Side:
         self.process.wait()
 
 
-def answer(run: Callable[..., float]) -> None:
-    """What such a process does: a line in, a line out."""
+def serve(run: Callable[..., float]) -> None:
+    """The loop of a worker process: a line of arguments in, a line with value and CPU-seconds out."""
     for line in sys.stdin:
-        print(run(*json.loads(line)), flush=True)
+        args = json.loads(line)
+        turn = timed_turn(lambda args=args: run(*args))
+        print(json.dumps((turn.value, turn.cpu)), flush=True)
+
+
+# ------------------------------------------------------------------ pairs
+
+
+@dataclass
+class Pairs:
+    """Paired turns of two sides."""
+
+    ours: list[Turn] = field(default_factory=list)
+    peer: list[Turn] = field(default_factory=list)
+
+    def ratios(self) -> list[float]:
+        return [a.value / b.value for a, b in zip(self.ours, self.peer, strict=True)]
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median and its distribution-free 95% interval, from the binomial distribution of ranks.
+
+    Fewer than six values allow no such interval: their range is given.
+    """
+    ordered, n = sorted(values), len(values)
+    tail, rank = 0.0, 0
+    while rank < n // 2 and tail + math.comb(n, rank) / 2**n <= 0.025:
+        tail += math.comb(n, rank) / 2**n
+        rank += 1
+    low = max(rank - 1, 0)
+    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+
+
+def measure_pairs(
+    ours: Callable[[], Turn],
+    peer: Callable[[], Turn],
+    pairs: int = 20,
+    most: int = MAX_PAIRS,
+    warmup: int = 1,
+) -> Pairs:
+    """Alternate both sides (ours peer, peer ours, ..) until the interval is narrow or `most` pairs are reached."""
+    for _ in range(warmup):
+        ours(), peer()
+    taken = Pairs()
+    while len(taken.ours) < max(pairs, 1) or (len(taken.ours) < most and not is_narrow(taken.ratios())):
+        order = ("ours", "peer") if len(taken.ours) % 2 == 0 else ("peer", "ours")
+        turns = {side: (ours if side == "ours" else peer)() for side in order}
+        taken.ours.append(turns["ours"])
+        taken.peer.append(turns["peer"])
+    return taken
+
+
+def is_narrow(ratios: Sequence[float]) -> bool:
+    middle, low, high = median_interval(ratios)
+    return max(high - middle, middle - low) <= TOLERANCE
+
+
+def pair_row(name: str, pairs: Pairs, unit: str, lower_is_better: bool = False) -> Row:
+    """`name` is `what/peer`; a ratio above 1 means that ours is better."""
+    ratios = [1 / x for x in pairs.ratios()] if lower_is_better else pairs.ratios()
+    middle, low, high = median_interval(ratios)
+    values = {side: statistics.median(turn.value for turn in getattr(pairs, side)) for side in ("ours", "peer")}
+    cpu = {f"{side}_cpu": round_figures(statistics.median(t.cpu for t in getattr(pairs, side))) for side in values}
+    return {
+        "name": name,
+        **{side: round_figures(value) for side, value in values.items()},
+        "unit": unit,
+        "ratio": round(middle, 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
+        "pairs": len(ratios),
+        **cpu,
+    }
 
 
 def row(name: str, ours: float, peer: float, unit: str, lower_is_better: bool = False) -> Row:
-    """`name` is `what/peer`; a ratio above 1 means ours is better."""
+    """A row of one measurement a side, for what does not vary: bytes, losses, counts."""
     ratio = peer / ours if lower_is_better else ours / peer
-    return {"name": name, "ours": rounded(ours), "peer": rounded(peer), "unit": unit, "ratio": round(ratio, 3)}
+    return {
+        "name": name,
+        "ours": round_figures(ours),
+        "peer": round_figures(peer),
+        "unit": unit,
+        "ratio": round(ratio, 3),
+    }
 
 
-def rounded(x: float) -> float:
+def round_figures(x: float) -> float:
     return float(f"{x:.4g}")
 
 
+# ------------------------------------------------------------------ the record
+
+
 def machine() -> dict[str, Any]:
-    """Where a figure was measured: without it, it means nothing."""
-    found: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
-    found["python"] = platform.python_version()
-    for package in ("torch", "transformers", "tokenizers"):
+    """Processor, cores and versions: a figure means nothing without them."""
+    record: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
+    record["python"] = platform.python_version()
+    for package in ("torch", "transformers", "tokenizers", "llama-cpp-python"):
         try:
-            found[package] = metadata.version(package)
+            record[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    if "torch" in found:
+    if "torch" in record:
         import torch
 
-        found["threads"] = torch.get_num_threads()
+        record["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
-            found["gpu"] = torch.cuda.get_device_name()
-    return found
+            record["gpu"] = torch.cuda.get_device_name()
+    return record
 
 
 def cpu_name() -> str:
@@ -108,21 +224,24 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    found = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
-    if "model name" not in found:
+    info = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    if "model name" not in info:
         return platform.machine()
-    generation = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
-    return found["model name"] + generation  # the name of a virtual machine's does not tell the generation
+    generation = f" (family {info['cpu family']}, model {info['model']})" if "cpu family" in info else ""
+    return info["model name"] + generation  # a virtual machine's name does not tell the generation
 
 
 def report(rows: list[Row], args: argparse.Namespace, name: str) -> None:
-    """Print the rows, and with `--save` keep them in results/NAME.json with the machine and the date."""
+    """Print the rows; with `--save` write results/NAME.json with the machine and the date."""
     if args.save:
-        found = {"date": time.strftime("%Y-%m-%d"), "repeats": args.repeats, "machine": machine(), "rows": rows}
+        record = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows}
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     if args.json:
         print(json.dumps(rows, indent=1))
         return
     for r in rows:
-        print(f"{r['name']:<34} ours {r['ours']:>10} peer {r['peer']:>10} {r['unit']:<9} ratio {r['ratio']:.2f}")
+        interval = f" ({r['low']:.2f} .. {r['high']:.2f}, {r['pairs']} pairs)" if "pairs" in r else ""
+        print(
+            f"{r['name']:<34} ours {r['ours']:>10} peer {r['peer']:>10} {r['unit']:<9} ratio {r['ratio']:.2f}{interval}"
+        )

@@ -1,11 +1,12 @@
-"""Decoding and prefill beside transformers and llama.cpp: `python benchmarks/decode.py`.
+"""Decode and prefill speed beside transformers and llama.cpp: `python benchmarks/decode.py`.
 
-Random weights; greedy, 128 tokens in, 128 out. Each side is a process of its own that waits for its turn, in rounds, so
-that a busy machine treats all alike; llama.cpp's sides need `pip install llama-cpp-python` (extra `bench`).
+Random weights, greedy, 128 prompt tokens. Each side is a process of its own; both take turns of about 1.5 seconds.
+llama.cpp's side needs `pip install llama-cpp-python` (extra `bench`).
 
-100m: 12 layers of 768, 12 heads of which 4 hold keys and values, vocabulary 32,000; 1b: Llama 3.2 1B's shape.
-int8 and int4 are `oneblock quantize`'s 8 bits and 4 bits in groups of 64, against llama.cpp's q8_0 and q4_0. Rows named
-bf16 compare them with transformers in bf16. `read-bandwidth` is weights read per second against a plain sum of memory.
+100m: 12 layers of 768, 12 query and 4 KV heads, vocabulary 32,000; 1b: the shape of Llama 3.2 1B.
+int8 and int4 (groups of 64) are written as by `oneblock quantize`, and compared with llama.cpp's q8_0 and q4_0. Rows
+named bf16 compare them with transformers in bf16. `read-bandwidth` is weights read per second beside a sequential read
+of memory. `--against CHECKOUT` compares with another commit instead: rows named `previous`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,34 +24,36 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from common import Row, Side, answer, arguments, report, row, seconds
+from common import TURN, Row, Worker, arguments, measure_pairs, pair_row, report, seconds, serve
 
-IN, OUT, LONG = 128, 128, 512
+PROMPT, LONG_PROMPT, MOST_TOKENS = 128, 512, 256
 SHAPES: dict[str, dict[str, int]] = {
     "100m": {"vocab": 32_000, "dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "hidden_dim": 2048},
     "1b": {},
 }
-FORMS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}  # ours, and llama.cpp's
-# A case: the model, the bits, the texts at a time, and whether their prompts or what follows is timed
-CASES = [
-    ("100m-bf16", "100m", "bf16", 1, "decode"),
-    ("1b-bf16", "1b", "bf16", 1, "decode"),
-    ("1b-int8", "1b", "int8", 1, "decode"),
-    ("1b-int4", "1b", "int4", 1, "decode"),
-    ("1b-prefill512", "1b", "bf16", 1, "prefill"),
-    ("100m-batch8", "100m", "bf16", 8, "decode"),
-]
-
-Run = Callable[[str, int], float]  # (decode or prefill, texts at a time) -> tokens a second
+GGUF_TYPES = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+# name: model, weights, sequences at a time, what is timed
+CASES = {
+    "100m-bf16": ("100m", "bf16", 1, "decode"),
+    "1b-bf16": ("1b", "bf16", 1, "decode"),
+    "1b-int8": ("1b", "int8", 1, "decode"),
+    "1b-int4": ("1b", "int4", 1, "decode"),
+    "1b-prefill512": ("1b", "bf16", 1, "prefill"),
+    "100m-batch8": ("100m", "bf16", 8, "decode"),
+}
+Generate = Callable[[list[list[int]], int], list[float]]  # prompts, new tokens -> the time of each new token
 
 
 # ------------------------------------------------------------------ the models
 
 
-def make(folder: Path, name: str, llama: bool) -> None:
-    """A folder for transformers and us, one of each of our codes, and a file for each of llama.cpp's."""
+def make_models(folder: Path, name: str, llama: bool) -> None:
+    """A folder for transformers and us, quantized folders, and a GGUF file for each of llama.cpp's cases."""
+    from oneblock.store.quantized import write_quantized
+
     import oneblock
-    from oneblock.quant.quantize import QuantConfig, quantize, write_quantized
+    from oneblock.quant.quantize import QuantConfig, quantize
+    from oneblock.spec import get_spec
     from oneblock.store import save_model
     from oneblock.store.gguf import save_gguf
     from oneblock.store.load import on_meta
@@ -57,196 +61,203 @@ def make(folder: Path, name: str, llama: bool) -> None:
 
     torch.manual_seed(0)
     shape = SHAPES[name]
-    spec = oneblock.get_spec("llama", **shape, context=2048, tied=False) if shape else oneblock.get_spec("llama-3.2-1b")
+    spec = get_spec("llama", **shape, context=2048, tied=False) if shape else get_spec("llama-3.2-1b")
     model = on_meta(spec).to(torch.bfloat16).to_empty(device="cpu")
     for p in model.parameters():
         p.data.normal_(std=0.02) if p.dim() > 1 else p.data.fill_(1.0)
     model.tie()
     save_model(folder / f"{name}-bf16", model)
-    words = train_bpe(["some words, and some more words"], 300)
-    for form, kind in FORMS.items():
-        if llama and (name, form) in {(case[1], case[2]) for case in CASES}:
-            save_gguf(folder / f"{name}-{form}.gguf", model, words, kind)
-    for bits in (QuantConfig(8), QuantConfig(4, 64)) if name == "1b" else ():
-        coded = folder / f"{name}-int{bits.bits}"
-        coded.mkdir()
-        write_quantized(coded, quantize(oneblock.load(folder / f"{name}-bf16").model, bits), bits)
+    tokenizer = train_bpe(["a few words, and a few more words"], 300)
+    weights = {case[1] for case in CASES.values() if case[0] == name}
+    for kind in weights if llama else ():
+        save_gguf(folder / f"{name}-{kind}.gguf", model, tokenizer, GGUF_TYPES[kind])
+    for config in (QuantConfig(8), QuantConfig(4, 64)) if name == "1b" else ():
+        quantized = folder / f"{name}-int{config.bits}"
+        quantized.mkdir()
+        write_quantized(quantized, quantize(oneblock.load(folder / f"{name}-bf16").model, config), config)
 
 
 # ------------------------------------------------------------------ the sides
 
 
-def ours(folder: Path, compile: str) -> Run:
-    """As `oneblock generate` has it."""
-    import oneblock
-    from oneblock.kernels.heap import MOST, reuse_memory
+def our_side(folder: Path, compile: str) -> Generate:
+    """Generation as `oneblock generate` does it; a batch gives only its first and last time."""
+    from oneblock.constants import MAX_HEAP_PIECE
 
-    reuse_memory(MOST)
+    import oneblock
+    from oneblock.kernels.heap import reuse_memory
+
+    reuse_memory(MAX_HEAP_PIECE)
     llm = oneblock.load(folder)
     llm.compile = compile  # type: ignore[assignment]
 
-    def once(prompts: list[list[int]], n: int) -> float:
-        return seconds(lambda: llm.generate(prompts, max_tokens=n, temperature=0, ignore_eos=True))
+    def generate(prompts: list[list[int]], n: int) -> list[float]:
+        options: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+        if len(prompts) == 1:
+            return [time.perf_counter() for _ in llm.stream_ids(prompts[0], max_tokens=n, **options)]
+        first = seconds(lambda: llm.generate(prompts, max_tokens=1, **options))
+        start = time.perf_counter()
+        llm.generate(prompts, max_tokens=n, **options)
+        return [start + first, *([time.perf_counter()] * (n - 1))]
 
-    return timed(once)
+    return generate
 
 
-def transformers_side(folder: Path) -> Run:
+def transformers_side(folder: Path) -> Generate:
     import transformers
 
     transformers.logging.set_verbosity_error()
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
-    def once(prompts: list[list[int]], n: int) -> float:
-        ids = torch.tensor(prompts)
-        how = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
-        return seconds(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how))
+    def generate(prompts: list[list[int]], n: int) -> list[float]:
+        ids, times = torch.tensor(prompts), []
 
-    return timed(once)
+        def note(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[note], **options)
+        return times
+
+    return generate
 
 
-def llama_side(path: Path, threads: int) -> Run:
+def llama_side(path: Path, threads: int, rows: int) -> Generate:
     import llama_cpp
+    import numpy as np
 
-    rows = 8 if "100m" in path.name else 1
     llama_cpp.llama_backend_init()
-    how = llama_cpp.llama_context_default_params()
-    how.n_ctx, how.n_batch, how.n_ubatch, how.n_seq_max = 1024 * rows, 2048, 512, rows
-    how.n_threads = how.n_threads_batch = threads or os.cpu_count() or 1
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 1024 * rows, 2048, 512, rows
+    params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    context = llama_cpp.llama_init_from_model(model, how)
+    context = llama_cpp.llama_init_from_model(model, params)
     vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     batch = llama_cpp.llama_batch_init(2048, 0, rows)
 
-    def feed(tokens: list[list[int]], start: int) -> None:
-        """One pass over some tokens of each text, with logits of the last."""
+    def forward(tokens: list[list[int]], start: int) -> list[int]:
+        """One pass over some tokens of each sequence; the likeliest next token of each."""
         batch.n_tokens = sum(map(len, tokens))
-        i = 0
-        for text, ids in enumerate(tokens):
+        i, last = 0, []
+        for sequence, ids in enumerate(tokens):
             for j, id in enumerate(ids):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = id, start + j, 1
-                batch.seq_id[i][0], batch.logits[i] = text, j == len(ids) - 1
+                batch.seq_id[i][0], batch.logits[i] = sequence, j == len(ids) - 1
                 i += 1
+            last.append(i - 1)
         assert llama_cpp.llama_decode(context, batch) == 0
+        logits = (llama_cpp.llama_get_logits_ith(context, index) for index in last)
+        return [int(np.ctypeslib.as_array(x, shape=(vocab,)).argmax()) for x in logits]
 
-    def once(prompts: list[list[int]], n: int) -> float:
-        def run() -> None:
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-            feed(prompts, 0)
-            last = [sum(map(len, prompts[: i + 1])) - 1 for i in range(len(prompts))]
-            for step in range(1, n):
-                found = (llama_cpp.llama_get_logits_ith(context, i) for i in last)
-                chosen = [int(largest(x, vocab)) for x in found]
-                feed([[id] for id in chosen], len(prompts[0]) + step - 1)
-                last = list(range(len(prompts)))
+    def generate(prompts: list[list[int]], n: int) -> list[float]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        chosen, times = forward(prompts, 0), [time.perf_counter()]
+        for step in range(1, n):
+            chosen = forward([[id] for id in chosen], len(prompts[0]) + step - 1)
+            times.append(time.perf_counter())
+        return times
 
-        return seconds(run)
-
-    return timed(once)
+    return generate
 
 
-def largest(logits: Any, vocab: int) -> int:
-    import numpy as np
+def turns(generate: Generate) -> Callable[[str, int], float]:
+    """Tokens per second of one turn; the first use warms up, and sets how many tokens a turn decodes."""
+    tokens: dict[tuple[str, int], int] = {}
 
-    return int(np.ctypeslib.as_array(logits, shape=(vocab,)).argmax())
-
-
-def timed(once: Callable[[list[list[int]], int], float]) -> Run:
-    """Tokens a second of a run: of the prompts, or of what follows them, less the pass that reads them.
-
-    Before the first the model is used once, untimed.
-    """
-
-    used = False
-
-    def run(what: str, texts: int) -> float:
-        nonlocal used
-        length = LONG if what == "prefill" else IN
-        prompts = torch.randint(1, 30_000, (texts, length), generator=torch.Generator().manual_seed(0)).tolist()
-        if not used:  # each side is a model in use
-            used = once(prompts, OUT) > 0
+    def turn(what: str, rows: int) -> float:
+        length = LONG_PROMPT if what == "prefill" else PROMPT
+        prompts = torch.randint(1, 30_000, (rows, length), generator=torch.Generator().manual_seed(0)).tolist()
         if what == "prefill":
-            return texts * length / once(prompts, 1)
-        return texts * (OUT - 1) / (once(prompts, OUT) - once(prompts, 1))
+            return rows * length / seconds(lambda: generate(prompts, 1))
+        if (what, rows) not in tokens:
+            generate(prompts, MOST_TOKENS)  # long enough for every one-time cost
+            times = generate(prompts, 16)
+            rate = (len(times) - 1) / (times[-1] - times[0])
+            tokens[what, rows] = max(8, min(MOST_TOKENS, round(rate * TURN)))
+        times = generate(prompts, tokens[what, rows])
+        return rows * (len(times) - 1) / (times[-1] - times[0])
 
-    return run
-
-
-# ------------------------------------------------------------------ turns
-
-
-def serve(kind: str, path: Path, threads: int, compile: str) -> None:
-    if kind == "read":
-        run: Run = lambda what, texts: read_bandwidth()  # noqa: E731
-    elif kind == "ours":
-        run = ours(path, compile)
-    else:
-        run = transformers_side(path) if kind == "transformers" else llama_side(path, threads)
-    answer(run)
+    return turn
 
 
 def read_bandwidth() -> float:
-    """Bytes a second at which 1 GB is summed."""
+    """Bytes per second of a sequential read of 1 GB."""
     block = torch.ones(1 << 27, dtype=torch.int64)
     return block.nbytes / min(seconds(block.sum) for _ in range(5))
 
 
-def measure(case: tuple[str, str, str, int, str], folder: Path, args: Any, llama: bool) -> list[Row]:
-    name, model, form, texts, what = case
-    paths = {"ours": folder / f"{model}-{form}", "transformers": folder / f"{model}-bf16"}
-    if llama:
-        paths["llama.cpp"] = folder / f"{model}-{form}.gguf"
-    if name == "1b-bf16":
-        paths["read"] = folder
-    flags = ["--compile", args.compile, "--threads", str(args.threads)]
-    sides = {kind: Side([*flags, "--side", kind, "--path", str(path)]) for kind, path in paths.items()}
-    found: dict[str, list[float]] = {kind: [] for kind in sides}
-    for i in range(args.repeats + 1):
-        for kind in sides if i % 2 == 0 else reversed(sides):
-            found[kind].append(sides[kind].ask(what, texts))
-    for side in sides.values():
-        side.close()
-    speed = {kind: sorted(x[1:])[len(x[1:]) // 2] for kind, x in found.items()}  # the first is a warm-up
-    peer = "transformers" if form == "bf16" else "bf16"
-    rows = [row(f"{name}/{peer}", speed["ours"], speed["transformers"], "tokens/s")]
-    if llama:
-        rows.append(row(f"{name}/llama.cpp", speed["ours"], speed["llama.cpp"], "tokens/s"))
-    if "read" in speed:
-        read = speed["ours"] * weights_read(folder / f"{model}-bf16")
-        rows.append(row(f"{name}/read-bandwidth", read / 1e9, speed["read"] / 1e9, "GB/s"))
-    return rows
+def run_side(side: str, args: Any) -> None:
+    if side == "read":
+        serve(lambda what, rows: read_bandwidth())
+    elif side == "llama.cpp":
+        serve(turns(llama_side(args.path, args.threads, args.rows)))
+    else:
+        serve(turns(our_side(args.path, args.compile) if side == "ours" else transformers_side(args.path)))
 
 
-def weights_read(folder: Path) -> int:
-    """Bytes of the weights: all are read for each token, where the embedding is the output matrix, too."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+# ------------------------------------------------------------------ pairs
+
+
+def measure(name: str, folder: Path, args: Any, llama: bool) -> list[Row]:
+    model, weights, rows, what = CASES[name]
+    own, plain = folder / f"{model}-{weights}", folder / f"{model}-bf16"
+    paths = {"transformers": plain, **({"llama.cpp": folder / f"{model}-{weights}.gguf"} if llama else {})}
+    if args.against:
+        paths = {"ours": own}
+    elif what == "decode" and rows == 1 and model == "1b":
+        paths["read"] = plain
+    flags = ["--compile", args.compile, "--threads", str(args.threads), "--rows", str(rows)]
+
+    def start(side: str, path: Path, checkout: Path | None = None) -> Worker:
+        return Worker([*flags, "--side", side, "--path", str(path)], checkout)
+
+    ours, results = start("ours", own), []
+    for side, path in paths.items():
+        peer = start(side, path, args.against)
+        pairs = measure_pairs(lambda: ours.ask(what, rows), lambda peer=peer: peer.ask(what, rows), args.pairs)
+        peer.close()
+        results.append(side_row(name, side, pairs, own, bool(args.against)))
+        print(results[-1], file=sys.stderr)
+    ours.close()
+    return results
+
+
+def side_row(name: str, side: str, pairs: Any, folder: Path, against: bool) -> Row:
+    if side == "read":  # bytes per second instead of tokens
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for turns_of, scale in ((pairs.ours, size / 1e9), (pairs.peer, 1e-9)):
+            turns_of[:] = [type(turn)(turn.value * scale, turn.cpu) for turn in turns_of]
+        return pair_row(f"{name}/read-bandwidth", pairs, "GB/s")
+    peer = "previous" if against else "bf16" if side == "transformers" and "int" in name else side
+    return pair_row(f"{name}/{peer}", pairs, "tokens/s")
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", repeats=3)
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="on", help="our steps; warmed up untimed")
-    parser.add_argument("--cases", nargs="+", choices=[case[0] for case in CASES], default=[case[0] for case in CASES])
-    parser.add_argument("--folder", type=Path, help="keep the models here, and use what is there")
-    parser.add_argument("--side", help="be one side: used by the script itself")
-    parser.add_argument("--path", type=Path, help="its model: used by the script itself")
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="on", help="compiled decode steps of ours")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--folder", type=Path, help="keep the models here, and use those that are here")
+    parser.add_argument("--path", type=Path, help="the model of --side: used by the script itself")
+    parser.add_argument("--rows", type=int, default=1, help="sequences of --side: used by the script itself")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.side:
-        serve(args.side, args.path, args.threads, args.compile)
+        run_side(args.side, args)
         return
     llama = find_spec("llama_cpp") is not None
-    if not llama:
+    if not llama and not args.against:
         print("llama.cpp is left out: pip install llama-cpp-python", file=sys.stderr)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        rows: list[Row] = []
         for model in SHAPES:
-            chosen = [case for case in CASES if case[1] == model and case[0] in args.cases]
-            if chosen and not (folder / f"{model}-bf16").exists():
-                make(folder, model, llama)
-            for case in chosen:
-                rows += measure(case, folder, args, llama)
+            cases = [name for name in args.cases if CASES[name][0] == model]
+            if cases and not (folder / f"{model}-bf16").exists():
+                make_models(folder, model, llama)
+            for name in cases:
+                rows += measure(name, folder, args, llama)
     report(rows, args, "decode")
 
 
