@@ -1,21 +1,23 @@
 """TinyShakespeare by characters on a CPU: seconds of training until the validation loss is 1.88 or less.
 
-The setting is nanoGPT's for small machines: 4 layers of 128 with 4 heads, texts of 64 characters, no dropout. Its side
-is its block, loss, optimizer and schedule written anew (peers.py; 2000 steps of 12 texts, fp32, eager: its CPU default;
-its README says 1.88), ours a block of Qwen 3's form with fewer parameters through `oneblock.train`: Muon, blocks that
-begin as the identity, bf16 products, compiled. The loss is the mean over the whole validation split, the last tenth of
-the text, and over the seeds. Validation and compilation (at the first steps, before the clock) are not timed.
+The setting is nanoGPT's for small machines: 4 layers of 128 with 4 heads, 64 characters of context, no dropout. The
+peer is nanoGPT's block, loss, optimizer and schedule written anew (peers.py; 2000 steps of 12 sequences, fp32, eager:
+its CPU default; its README reports 1.88). Ours is a Qwen 3 block with fewer parameters through `oneblock.train`: Muon,
+zero-initialised residuals, bf16 matmuls, compiled. The loss is the mean over the whole validation split, the last tenth
+of the text, and over the seeds. Validation and compilation (at the first steps, before the clock) are not timed.
 
-`--large`: nanoGPT's setting for GPUs (6 layers of 384 with 6 heads, texts of 256) by ours alone, for --minutes on
-this machine, compilation and validation counted; its own best loss is 1.4697, after 5000 steps of 64 texts on an A100.
+`--large`: nanoGPT's setting for GPUs (6 layers of 384 with 6 heads, context 256), ours alone, for --minutes on this
+machine, compilation and validation counted; nanoGPT's best loss is 1.4697, after 5000 steps of 64 sequences on an A100.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import replace
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 import peers
-from common import Row, alternate, arguments, report, row, seconds
+from common import Row, Worker, arguments, measure_pairs, pair_row, report, row, seconds, serve
 from oneblock.data.packed import in_order
 from oneblock.kernels.heap import reuse_memory
 from oneblock.parallel.world import World
@@ -43,7 +45,7 @@ TEXT = DATA / "text" / "tinyshakespeare.txt"
 CONTEXT, STEPS, BATCH = 64, 2000, 12  # nanoGPT's
 
 
-def ours_setting(compile: bool) -> Train:
+def our_setting(compile: bool) -> Train:
     """An eighth of the tokens of the peer's run."""
     return Train(
         data=(TEXT,),
@@ -146,52 +148,73 @@ def run_peer(job: Job) -> tuple[float, float]:
     return took, sum(p[0] for p in parts) / sum(p[1] for p in parts)
 
 
-def rows(args: Namespace) -> list[Row]:
-    """Ours over `seeds`, alternating with the peer; nothing where the text is not there."""
+def run_side(side: str, args: Namespace) -> None:
+    """A worker: seconds of one run; validation losses go to the file `--losses`."""
+    reuse_memory()
+    options = our_setting(args.compile)
+    job, seeds = prepare(options), itertools.count(1337)
+
+    def run() -> float:
+        if side == "ours":
+            took, loss = run_ours(job, replace(options, loop=replace(options.loop, seed=next(seeds))))
+        else:
+            took, loss = run_peer(job)
+        with args.losses.open("a") as file:
+            file.write(f"{loss}\n")
+        return took
+
+    serve(run)
+
+
+def measure(args: Namespace) -> list[Row]:
+    """Whole runs alternated with the peer's; the mean loss over at least `seeds` runs of ours."""
     if not TEXT.exists():
         print(f"skipped: no {TEXT} (ONEBLOCK_DATA names the folder of real data)", file=sys.stderr)
         return []
-    options = ours_setting(args.compile)
-    job, losses = prepare(options), {"ours": [], "peer": []}
-    seeds = iter(range(1337, 10**6))
-
-    def timed(side: str, run: tuple[float, float]) -> float:
-        losses[side].append(run[1])
-        return run[0]
-
-    def once() -> float:
-        return timed("ours", run_ours(job, replace(options, loop=replace(options.loop, seed=next(seeds)))))
-
-    ours, peer = alternate(once, lambda: timed("peer", run_peer(job)), args.repeats, warmup=0)
-    while len(losses["ours"]) < args.seeds:
-        once()
-    mean = {side: statistics.fmean(found) for side, found in losses.items()}
+    name = "previous" if args.against else "nanogpt"
+    with tempfile.TemporaryDirectory() as folder:
+        files = {side: Path(folder) / side for side in ("ours", name)}
+        flags = ["--threads", str(args.threads), *(() if args.compile else ("--no-compile",))]
+        workers = {
+            side: Worker([*flags, "--side", "ours" if args.against else side, "--losses", str(file)], checkout)
+            for (side, file), checkout in zip(files.items(), (None, args.against), strict=True)
+        }
+        pairs = measure_pairs(workers["ours"].ask, workers[name].ask, args.pairs, args.pairs, warmup=0)
+        for _ in range(len(pairs.ours), args.seeds):
+            workers["ours"].ask()
+        for worker in workers.values():
+            worker.close()
+        means = {side: statistics.fmean(map(float, file.read_text().split())) for side, file in files.items()}
     return [
-        row("shakespeare-cpu/nanogpt", ours, peer, "s", lower_is_better=True),
-        row("shakespeare-cpu-loss/nanogpt", mean["ours"], mean["peer"], "nats", lower_is_better=True),
+        pair_row(f"shakespeare-cpu/{name}", pairs, "s", lower_is_better=True),
+        row(f"shakespeare-cpu-loss/{name}", means["ours"], means[name], "nats", lower_is_better=True),
     ]
 
 
-def flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=int, default=5, help="runs of ours whose losses are averaged")
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=5, help="least number of our runs whose losses are averaged")
     parser.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile our blocks, untimed")
+    parser.add_argument("--losses", type=Path, help="where --side writes losses: used by the script itself")
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", repeats=1)
-    flags(parser)
+    parser = arguments(__doc__ or "", pairs=5)
+    add_flags(parser)
     parser.add_argument("--large", action="store_true", help="nanoGPT's setting for GPUs instead, ours alone")
-    parser.add_argument("--minutes", type=float, default=50, help="of --large")
+    parser.add_argument("--minutes", type=float, default=50, help="length of --large")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    reuse_memory()
+    if args.side:
+        run_side(args.side, args)
+        return 0
     if args.large:
-        found, goal, name = run_large(large_setting(args.minutes)), LARGE_GOAL, "shakespeare-gpu"
+        reuse_memory()
+        results, goal, name = run_large(large_setting(args.minutes)), LARGE_GOAL, "shakespeare-gpu"
     else:
-        found, goal, name = rows(args), GOAL, "shakespeare"
-    report(found, args, name)
-    loss = next((row["ours"] for row in found if row["unit"] == "nats"), 0.0)
+        results, goal, name = measure(args), GOAL, "shakespeare"
+    report(results, args, name)
+    loss = next((row["ours"] for row in results if row["unit"] == "nats"), 0.0)
     if loss > goal:
         print(f"error: our loss is {loss:.4f}, over the goal of {goal}", file=sys.stderr)
     return int(loss > goal)
