@@ -12,6 +12,7 @@ of memory. `--against CHECKOUT` compares with another commit instead: rows named
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -204,7 +205,7 @@ def measure(name: str, folder: Path, args: Any, llama: bool) -> list[Row]:
     own, plain = folder / f"{model}-{weights}", folder / f"{model}-bf16"
     paths = {"transformers": plain, **({"llama.cpp": folder / f"{model}-{weights}.gguf"} if llama else {})}
     if args.against:
-        paths = {"ours": own}
+        paths = {"ours": previous_models(folder, model, args.against) / own.name}
     elif what == "decode" and rows == 1 and model == "1b":
         paths["read"] = plain
     flags = ["--compile", args.compile, "--threads", str(args.threads), "--rows", str(rows)]
@@ -221,6 +222,17 @@ def measure(name: str, folder: Path, args: Any, llama: bool) -> list[Row]:
         print(results[-1], file=sys.stderr)
     ours.close()
     return results
+
+
+def previous_models(folder: Path, model: str, checkout: Path) -> Path:
+    """The models as the other checkout writes them: formats of quantized folders may differ."""
+    previous = folder / "previous"
+    if not (previous / f"{model}-bf16").exists():
+        script = checkout.resolve() / "benchmarks" / "decode.py"
+        env = os.environ | {"PYTHONPATH": str(checkout.resolve() / "src")}
+        argv = [sys.executable, str(script), "--make", model, "--folder", str(previous)]
+        subprocess.run(argv, check=True, env=env)
+    return previous
 
 
 def side_row(name: str, side: str, pairs: Any, folder: Path, against: bool) -> Row:
@@ -240,11 +252,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those that are here")
     parser.add_argument("--path", type=Path, help="the model of --side: used by the script itself")
     parser.add_argument("--rows", type=int, default=1, help="sequences of --side: used by the script itself")
+    parser.add_argument("--make", choices=SHAPES, help="only write one model's folders into --folder")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.side:
         run_side(args.side, args)
+        return
+    if args.make:
+        make_models(args.folder, args.make, llama=False)
         return
     llama = find_spec("llama_cpp") is not None
     if not llama and not args.against:
