@@ -19,7 +19,7 @@ from oneblock.infer.sample import SamplingParams, sample_tokens
 from oneblock.infer.structured_output import CompiledGrammar, GrammarMatchers, StructuredOutput, Vocabulary
 from oneblock.model import Decoder, init_weights
 from oneblock.text import Tokenizer
-from oneblock.text.stream import Pieces
+from oneblock.text.stream import TokenBytes
 from oneblock.text.train import byte_level, train_bpe
 
 pytest.importorskip("llguidance")
@@ -232,7 +232,7 @@ def test_bytes_of_every_kind_of_tokenizer(data: Path, name: str, text: str) -> N
     if not (data / "tokenizers" / name).exists():
         pytest.skip(f"no {name} in the data")
     tokenizer = Tokenizer.load(data / "tokenizers" / name)
-    ids, pieces = tokenizer.encode(text, bos=False), Pieces(tokenizer.backend)
+    ids, pieces = tokenizer.encode(text, bos=False), TokenBytes(tokenizer.backend)
     shown = b"".join(pieces[id] for id in ids).decode()
     assert shown.removeprefix(" ") == text
     matcher = CompiledGrammar(StructuredOutput(choices=[shown, shown + "."]), tokenizer, tokenizer.vocab_size).matcher()

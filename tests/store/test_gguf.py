@@ -346,7 +346,7 @@ def test_tokenizers_made_here(tmp_path: Path) -> None:
 def test_chat_templates_and_several_ends(tmp_path: Path) -> None:
     config = {"bos_token": "<|a|>", "eos_token": "<|b|>", "add_bos_token": True}
     backend = train_bpe(["the cat sat on the mat. " * 9], 290, special=("<|a|>", "<|b|>", "<|c|>")).backend
-    ours = Tokenizer(backend, config, "{{ messages[0].content }}<|c|>", "{{ tools }}", ends=(2,))
+    ours = Tokenizer(backend, config, "{{ messages[0].content }}<|c|>", "{{ tools }}", eos_ids=(2,))
     again, settings = through_a_file(ours, tmp_path)
     assert (again.chat_template, again.tool_template) == ("{{ messages[0].content }}<|c|>", "{{ tools }}")
     assert (again.eos_ids, again.bos_id) == ((1, 2), 0)

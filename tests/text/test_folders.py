@@ -1,8 +1,10 @@
-"""Folders: what is saved is what is read, here and by transformers, and what else a folder says of its tokenizer."""
+"""Tokenizer folders: save and load round trips, here and in transformers, and the settings beside the tokenizer."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ trained = train_bpe(["the cat sat on the mat. " * 20, "def f(x):\n    return x\n
 
 
 @pytest.mark.parametrize("file", ["llama2", "llama3", "gpt2", "qwen2_5", "tiktoken/o200k_base.tiktoken"])
-def test_what_is_saved_is_what_transformers_reads(file: str, data: Path, tmp_path: Path) -> None:
+def test_transformers_reads_a_saved_folder(file: str, data: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = Tokenizer.load(data / "tokenizers" / file)
     ours.save(tmp_path)
@@ -48,7 +50,7 @@ LETTERS = {letter: i + 4 for i, letter in enumerate(bytepairs.byte_letters())}
 
 
 def test_vocabulary_and_merges_with_roles_of_a_config(tmp_path: Path) -> None:
-    """As OPT has them: the config alone knows what begins and ends a text, and that it does."""
+    """As in OPT, where only the config has the beginning- and end-of-text tokens."""
     vocab = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3} | LETTERS | {"ab": 260}
     config = {"bos_token": {"content": "</s>"}, "eos_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
     folder = write(tmp_path, vocab__json=vocab, merges__txt="#version: 0.2\na b\n", tokenizer_config__json=config)
@@ -61,7 +63,7 @@ def test_vocabulary_and_merges_with_roles_of_a_config(tmp_path: Path) -> None:
     assert Tokenizer.load(folder / "merges.txt").encode("ab") == [260, 1]
 
 
-def test_qwens_two_files_are_cut_by_its_own_pattern(tmp_path: Path, data: Path) -> None:
+def test_qwen_vocab_and_merges_use_its_own_pattern(tmp_path: Path, data: Path) -> None:
     source = json.loads((data / "tokenizers/qwen2_5/tokenizer.json").read_text("utf-8"))["model"]
     config = json.loads((data / "tokenizers/qwen2_5/tokenizer_config.json").read_text("utf-8"))
     merges = "\n".join(m if isinstance(m, str) else " ".join(m) for m in source["merges"])
@@ -72,13 +74,13 @@ def test_qwens_two_files_are_cut_by_its_own_pattern(tmp_path: Path, data: Path) 
         assert ours.encode(text) == whole.encode(text)
 
 
-def test_what_the_folder_says_of_the_end(tmp_path: Path) -> None:
+def test_eos_ids_of_config_files(tmp_path: Path) -> None:
     trained.save(tmp_path)
     write(tmp_path, generation_config__json={"eos_token_id": [7, 0, 9]}, config__json={"eos_token_id": 11})
     assert Tokenizer.load(tmp_path).eos_ids == (trained.special["<|endoftext|>"], 7, 9, 11)
 
 
-def test_tokens_that_the_config_alone_has(tmp_path: Path) -> None:
+def test_special_tokens_only_in_the_config(tmp_path: Path) -> None:
     trained.save(tmp_path)
     end = trained.vocab_size
     config = {
@@ -90,7 +92,7 @@ def test_tokens_that_the_config_alone_has(tmp_path: Path) -> None:
     assert one.encode("a<x>", special=True)[-1] == end
 
 
-def test_names_of_llama3s_control_tokens_are_the_configs(tmp_path: Path, data: Path) -> None:
+def test_config_names_replace_llama3_control_tokens(tmp_path: Path, data: Path) -> None:
     (tmp_path / "tokenizer.model").symlink_to(data / "tokenizers/llama3/tokenizer.model")
     names = {str(128_000 + i): {"content": f"<|name_{i}|>", "special": True} for i in range(256)}
     one = Tokenizer.load(write(tmp_path, tokenizer_config__json={"added_tokens_decoder": names}))
@@ -98,15 +100,15 @@ def test_names_of_llama3s_control_tokens_are_the_configs(tmp_path: Path, data: P
     assert one.vocab_size == 128_256
 
 
-def test_unclear_folders_are_one_line(tmp_path: Path) -> None:
+def test_ambiguous_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     write(tmp_path, a__tiktoken="IQ== 0\n", b__tiktoken="IQ== 0\n")
-    with pytest.raises(OneblockError, match=r"several tokenizers \(a.tiktoken, b.tiktoken\): name the file"):
+    with pytest.raises(OneblockError, match=r"several tokenizers \(a.tiktoken, b.tiktoken\): give the path of one"):
         Tokenizer.load(tmp_path)
     lonely = write(tmp_path / "lonely", vocab__json={})
-    with pytest.raises(OneblockError, match=r"goes with merges\.txt, which its folder lacks"):
+    with pytest.raises(OneblockError, match=r"needs merges\.txt, which is not in its folder"):
         Tokenizer.load(lonely / "vocab.json")
     pointer = write(tmp_path / "lfs", tokenizer__json="version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(OneblockError, match="only points to a file in Git LFS"):
+    with pytest.raises(OneblockError, match="is a Git LFS pointer"):
         Tokenizer.load(pointer)
 
 
@@ -117,10 +119,23 @@ def test_training_on_files(tmp_path: Path) -> None:
     assert len(one.encode(" the cat sat on the mat")) == 6
     for name, content, said in (
         ("none", None, "No such file"),
-        ("bad", b"\xff", "no UTF-8"),
+        ("bad", b"\xff", "not UTF-8"),
         ("void", b"", "is empty"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(OneblockError, match=said):
             train_bpe([tmp_path / name], 280)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OneblockError, match=r"^[^\n]*No space left on device[^\n]*$"):
+        train_bpe(["other text " * 9], 300).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -79,20 +79,20 @@ def test_llama2_bytes_decode_as_sentencepiece_does(data: Path) -> None:
     holds_for()
 
 
-def test_words_with_ends() -> None:
-    """GPT-1's: the space after a word is shown when another follows."""
+def test_end_of_word_suffixes() -> None:
+    """GPT-1: the space after a word is emitted when another token follows."""
     backend = Backend(models.BPE({"un</w>": 0, "do": 1, "ing</w>": 2}, [], end_of_word_suffix="</w>"))
     backend.decoder = decoders.BPEDecoder("</w>")
     assert pieces(Tokenizer(backend), [0, 1, 2]) == ["un", " do", "ing", ""]
 
 
-def test_ids_that_are_none() -> None:
+def test_invalid_ids() -> None:
     for id in (-1, -100, 2**40, "a", None):
-        with pytest.raises(OneblockError, match="no id of a token"):
+        with pytest.raises(OneblockError, match="is not a token id"):
             byte_level().decode([id])  # pyright: ignore[reportArgumentType]
 
 
-def test_a_decoder_that_looks_back() -> None:
+def test_a_decoder_with_context() -> None:
     backend = Backend(models.WordLevel({"un": 0, "do": 1, "##ing": 2}, "un"))
     backend.decoder = decoders.WordPiece("##", cleanup=False)
     one, ids = Tokenizer(backend), [0, 1, 2, 0] * 9
@@ -100,7 +100,7 @@ def test_a_decoder_that_looks_back() -> None:
     assert backend.decode(ids[:4]) == "un doing un"
 
 
-def test_control_tokens_are_hidden_unless_asked() -> None:
+def test_decode_hides_control_tokens_by_default() -> None:
     one = train_bpe(["abc"], 300, ("<|end|>",))
     ids = one.encode("ab<|end|>c", special=True)
     assert one.special["<|end|>"] in ids

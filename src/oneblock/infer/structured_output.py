@@ -25,7 +25,7 @@ from torch import Tensor
 from oneblock.errors import OneblockError, missing_extra
 from oneblock.infer.stop import CONTEXT_OF_TEXT
 from oneblock.text import Tokenizer
-from oneblock.text.stream import Pieces
+from oneblock.text.stream import TokenBytes
 
 if TYPE_CHECKING:
     import llguidance
@@ -172,12 +172,12 @@ class Vocabulary:
 
     @classmethod
     def _made(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
-        pieces = Pieces(tokenizer.backend)
+        pieces = TokenBytes(tokenizer.backend)
         how = pieces.spelling
-        if how is None or how.held:
+        if how is None or how.suffix:
             raise OneblockError("the tokenizer does not spell token by token: replies cannot be held to a form with it")
         control = set(tokenizer.special.values())
-        stripped = (id for id in range(size) if how.strip and pieces.lead(id, how.strip)[0] != pieces[id])
+        stripped = (id for id in range(size) if how.strip and pieces.strip_leading(id, how.strip)[0] != pieces[id])
         spelt = _Spelt([pieces[id] for id in range(size)], sorted(id for id in control if id < size), tokenizer.backend)
         ll = _llguidance()
         tokens = ll.LLTokenizer(ll.TokenizerWrapper(spelt), n_vocab=size + 1, eos_token=size)

@@ -1,4 +1,4 @@
-"""Ids to text, as they come: never half a character."""
+"""Token ids to text, all at once or one at a time, without emitting half a character."""
 
 from __future__ import annotations
 
@@ -16,143 +16,143 @@ from oneblock.text.bytepairs import byte_letters
 from oneblock.text.sentencepiece import SPACE
 
 BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
-BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-WINDOW = 8  # ids before a new one that a decoder which looks back gets to see
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+WINDOW = 8  # previous ids given to a decoder that needs context
 
 
-def _each(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for each byte that is no text, as SentencePiece has it; Python's `replace` gives one for several."""
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for each invalid byte, as SentencePiece does; Python's `replace` merges several."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
 
-codecs.register_error("oneblock.each", _each)
+codecs.register_error("oneblock.each", _replace_each_byte)
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a decoder spells tokens: the bytes of each, what is left out at both ends, what stands for a broken byte."""
+    """How a decoder turns each token into bytes, and what it strips at both ends of the text."""
 
-    spell: Callable[[str], bytes]
-    strip: int = 0  # spaces that are left out where the first token begins with one
-    held: bytes = b""  # left out where the last token ends with it
-    errors: str = "replace"
+    to_bytes: Callable[[str], bytes]
+    strip: int = 0  # leading spaces that are stripped from the text
+    suffix: bytes = b""  # stripped from the end of the text
+    errors: str = "replace"  # error handler for invalid UTF-8
 
 
-def spelling(backend: Backend) -> Spelling | None:
-    """None for decoders that do not spell token by token."""
+def read_spelling(backend: Backend) -> Spelling | None:
+    """The spelling of a backend's decoder; None if it does not decode token by token."""
     decoder: dict[str, Any] = {"type": ""}
     if backend.decoder is not None:
         decoder = json.loads(backend.decoder.__getstate__())
     parts = decoder.get("decoders", [decoder])
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"]:
-        return Spelling(_byte_level)
+        return Spelling(_byte_level_bytes)
     if kinds == ["Metaspace"]:
-        return Spelling(_metaspace, int(decoder.get("prepend_scheme") != "never"))
+        return Spelling(_metaspace_bytes, int(decoder.get("prepend_scheme") != "never"))
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
-        return Spelling(_bytes_or_metaspace, parts[3]["start"] if kinds[3:] else 0, errors="oneblock.each")
+        return Spelling(_byte_fallback_bytes, parts[3]["start"] if kinds[3:] else 0, errors="oneblock.each")
     if kinds == ["BPEDecoder"]:
-        return Spelling(lambda token: token.replace(parts[0]["suffix"], " ").encode(), held=b" ")
+        return Spelling(lambda token: token.replace(parts[0]["suffix"], " ").encode(), suffix=b" ")
     return Spelling(str.encode) if kinds == ["Fuse"] else None
 
 
-def _byte_level(token: str) -> bytes:
+def _byte_level_bytes(token: str) -> bytes:
     try:
         return bytes([BYTE_OF[letter] for letter in token])
-    except KeyError:  # an added token, written as it is
+    except KeyError:  # an added token, which is not byte-encoded
         return token.encode()
 
 
-def _metaspace(token: str) -> bytes:
+def _metaspace_bytes(token: str) -> bytes:
     return token.replace(SPACE, " ").encode()
 
 
-def _bytes_or_metaspace(token: str) -> bytes:
-    found = BYTE_PIECE.fullmatch(token)
-    return bytes([int(found[1], 16)]) if found else _metaspace(token)
+def _byte_fallback_bytes(token: str) -> bytes:
+    byte = BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else _metaspace_bytes(token)
 
 
-class Pieces:
-    """The bytes of each id, found once; None where the decoder does not spell token by token."""
+class TokenBytes:
+    """The bytes of each token id, cached. Only for backends with a `spelling`."""
 
     def __init__(self, backend: Backend):
-        self.backend, self.spelling = backend, spelling(backend)
-        self._known: dict[int, bytes] = {}
+        self.backend, self.spelling = backend, read_spelling(backend)
+        self._cache: dict[int, bytes] = {}
 
     def __getitem__(self, id: int) -> bytes:
-        """Ids outside the vocabulary, as a padded embedding has them, are no bytes at all."""
-        found = self._known.get(id)
-        if found is None:
-            token = self.backend.id_to_token(checked(id))
+        """The bytes of an id; empty for ids outside the vocabulary, which a padded embedding has."""
+        content = self._cache.get(id)
+        if content is None:
+            token = self.backend.id_to_token(check_id(id))
             assert self.spelling is not None
-            found = self._known[int(id)] = b"" if token is None else self.spelling.spell(token)
-        return found
+            content = self._cache[int(id)] = b"" if token is None else self.spelling.to_bytes(token)
+        return content
 
-    def lead(self, id: int, spaces: int) -> tuple[bytes, int]:
-        """What an id shows at the start of a text, where so many spaces are left out, and how many still are."""
-        found = self[id]
-        if found and BYTE_PIECE.fullmatch(self.backend.id_to_token(id) or ""):
-            return found, 0
-        shown = found.removeprefix(b" ")  # of each token one
-        return shown, 0 if shown else spaces - len(found)
+    def strip_leading(self, id: int, spaces: int) -> tuple[bytes, int]:
+        """The bytes of an id at the start of a text, and how many leading spaces are still to be stripped."""
+        content = self[id]
+        if content and BYTE_TOKEN.fullmatch(self.backend.id_to_token(id) or ""):
+            return content, 0
+        stripped = content.removeprefix(b" ")  # one space per token
+        return stripped, 0 if stripped else spaces - len(content)
 
-    def text(self, ids: Iterable[int], hidden: frozenset[int]) -> str:
-        """What a stream of the ids adds up to, in one go."""
+    def decode(self, ids: Iterable[int], hidden: frozenset[int]) -> str:
+        """The text of ids without the hidden ones, equal to what a `Detokenizer` returns in total."""
         assert self.spelling is not None
         shown = [id for id in ids if id not in hidden]
         at, start, spaces = 0, b"", self.spelling.strip
         while spaces and at < len(shown):
-            start, spaces = self.lead(shown[at], spaces)
+            start, spaces = self.strip_leading(shown[at], spaces)
             at += 1
-        found = start + b"".join(map(self.__getitem__, shown[at:]))
-        return found.removesuffix(self.spelling.held).decode("utf-8", self.spelling.errors)
+        content = start + b"".join(map(self.__getitem__, shown[at:]))
+        return content.removesuffix(self.spelling.suffix).decode("utf-8", self.spelling.errors)
 
 
-def checked(id: int) -> int:
+def check_id(id: int) -> int:
     try:
         if 0 <= id < 1 << 32:
             return int(id)
     except TypeError:
         pass
-    raise OneblockError(f"{id!r} is no id of a token: ids are whole numbers from 0")
+    raise OneblockError(f"{id!r} is not a token id: ids are integers from 0")
 
 
 class Detokenizer:
-    """`push` ids one by one; the pieces it returns, with `flush` at the end, add up to `Tokenizer.decode`."""
+    """Takes ids one at a time; the strings of `push` and `flush` add up to `Tokenizer.decode`."""
 
-    def __init__(self, pieces: Pieces, hidden: frozenset[int]):
-        self._pieces, self._hidden = pieces, hidden
-        how = pieces.spelling
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(how.errors if how else "replace")
-        self._spaces, self._ends = (how.strip, how.held) if how else (0, b"")
-        self._held = b""  # shown only when something follows
-        self._ids: list[int] = []  # for decoders that must see what came before
+    def __init__(self, token_bytes: TokenBytes, hidden: frozenset[int]):
+        self._token_bytes, self._hidden = token_bytes, hidden
+        spelling = token_bytes.spelling
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.errors if spelling else "replace")
+        self._spaces, self._suffix = (spelling.strip, spelling.suffix) if spelling else (0, b"")
+        self._pending = b""  # a suffix, which is emitted only when another token follows
+        self._ids: list[int] = []  # previous ids, for decoders that need context
 
     def push(self, id: int) -> str:
-        """What may be shown now that this id has come: perhaps nothing, perhaps several characters."""
+        """Return the text that this id completes: any number of whole characters."""
         if id in self._hidden:
             return ""
-        if self._pieces.spelling is None:
-            return self._windowed(checked(id))
-        piece = self._pieces[id]
+        if self._token_bytes.spelling is None:
+            return self._decode_in_window(check_id(id))
+        content = self._token_bytes[id]
         if self._spaces:
-            piece, self._spaces = self._pieces.lead(id, self._spaces)
-        if self._ends and piece:
-            piece, self._held = self._held + piece, b""
-            if piece.endswith(self._ends):
-                piece, self._held = piece.removesuffix(self._ends), self._ends
-        return self._utf8.decode(piece)
+            content, self._spaces = self._token_bytes.strip_leading(id, self._spaces)
+        if self._suffix and content:
+            content, self._pending = self._pending + content, b""
+            if content.endswith(self._suffix):
+                content, self._pending = content.removesuffix(self._suffix), self._suffix
+        return self._utf8.decode(content)
 
     def flush(self) -> str:
-        """The rest: an unfinished character becomes U+FFFD."""
-        self._held = b""
+        """Return the remaining text; an incomplete character becomes U+FFFD."""
+        self._pending = b""
         return self._utf8.decode(b"", True)
 
-    def _windowed(self, id: int) -> str:
-        """The text that the id adds to that of the few before it."""
+    def _decode_in_window(self, id: int) -> str:
+        """The text that the id adds to that of the previous ids."""
         self._ids = [*self._ids[-WINDOW:], id]
         before, after = (
-            self._pieces.backend.decode(ids, skip_special_tokens=False) for ids in (self._ids[:-1], self._ids)
+            self._token_bytes.backend.decode(ids, skip_special_tokens=False) for ids in (self._ids[:-1], self._ids)
         )
         return after[len(before) :]

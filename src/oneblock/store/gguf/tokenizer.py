@@ -16,7 +16,7 @@ from oneblock.errors import OneblockError
 from oneblock.store.gguf.metadata import brief
 from oneblock.store.gguf.pretokenizers import ALSO, CUTS, Cut
 from oneblock.text import Tokenizer
-from oneblock.text.files import TOOL_TEMPLATE
+from oneblock.text.formats import TOOL_TEMPLATE
 from oneblock.text.sentencepiece import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 Settings = Mapping[str, Any]

@@ -11,7 +11,7 @@ from oneblock.errors import OneblockError
 from oneblock.store.gguf.pretokenizers import CUTS, DIGIT, GPT2
 from oneblock.store.gguf.tokenizer import ENDS, GGML, ROLES, TEMPLATE
 from oneblock.text import Tokenizer
-from oneblock.text.files import token
+from oneblock.text.formats import read_token
 from oneblock.text.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 Raw = dict[str, Any]
@@ -121,7 +121,7 @@ def _habits(tokenizer: Tokenizer) -> Raw:
     """Roles, what begins and ends a text, chat templates."""
     found: Raw = {}
     for role, name in ROLES.items():
-        text = token(tokenizer.config, f"{role}_token")
+        text = read_token(tokenizer.config, f"{role}_token")
         id = None if text is None else tokenizer.backend.token_to_id(text)
         if id is not None:
             found[f"{GGML}{name}_token_id"] = id
