@@ -1,4 +1,4 @@
-"""`oneblock demo`: a small Llama learns to write Python from the standard library of the Python that runs it."""
+"""`oneblock demo`: train a small Llama on the source of Python's standard library, and sample from it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from oneblock.config import SEED, Range, check_ranges
 from oneblock.errors import OneblockError
 
 if TYPE_CHECKING:
@@ -20,39 +21,48 @@ if TYPE_CHECKING:
     from oneblock.train.options import Train
     from oneblock.train.trainer import Trainer
 
-SIZE = 6_000_000  # characters of source to learn from
-LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo", "_bundled"}
+SIZE = 6_000_000  # characters of training text
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "turtledemo",
+    "_bundled",
+}
 RESERVE = 8.0  # seconds for the last validation, the picture and the completions
-LOOKS = (0.03, 0.15, 0.4, 0.7)  # shares of the run after which a sample is shown
+SAMPLE_AT = (0.03, 0.15, 0.4, 0.7)  # shares of the run after which samples are shown
 PROMPTS = ("class", "    def __init__(self", "    for", "import")
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small Llama on Python's standard library, without a download or a GPU, and let it write."""
+    """Train a small Llama on Python's standard library, without a download or a GPU, and sample from it."""
 
-    seconds: float = 90.0  # for everything
-    out: Path | None = None  # the run's folder; without it: runs/demo, or the next free number
-    seed: int = 0
+    seconds: Annotated[float, Range(15, 86_400)] = 90.0  # length of the demonstration, preparation included
+    out: Path | None = None  # the run's folder; default runs/demo, or runs/demo-N
+    seed: Annotated[int, SEED] = 0  # seed of the initial weights and of the batches
 
 
 def demo(options: Demo) -> None:
     began = time.perf_counter()
-    if options.seconds < 15:
-        raise OneblockError(f"--seconds is {options.seconds:g}, but the demonstration takes at least 15")
-    run = folder(options.out)
+    check_ranges(options)
+    run = make_folder(options.out)
     text = run / f"python-{platform.python_version()}.txt"
     text.write_text(corpus(), encoding="utf-8")
-    print(f"Learning to write Python from the standard library of Python {platform.python_version()}.")
-    session = begin(run, text, options, began)
-    if not session.go(Looks(session).look):
+    print(f"Training on the source of the standard library of Python {platform.python_version()}.")
+    trainer = build_trainer(run, text, options, began)
+    if not trainer.go(Sampler(trainer).observe):
         print(f"stopped and saved; go on with: {command()} train --resume {run}", file=sys.stderr)
         raise SystemExit(130)
-    write(session)
-    print(f"\nDone in {time.perf_counter() - began:.0f} seconds. {farewell(run)}")
+    finish(trainer)
+    print(f"\nDone in {time.perf_counter() - began:.0f} seconds. {next_steps(run)}")
 
 
-def begin(run: Path, text: Path, options: Demo, began: float) -> Trainer:
+def build_trainer(run: Path, text: Path, options: Demo, began: float) -> Trainer:
     from oneblock.train.commands import summary
     from oneblock.train.prepare import prepare
     from oneblock.train.progress import Show
@@ -63,7 +73,7 @@ def begin(run: Path, text: Path, options: Demo, began: float) -> Trainer:
     job = prepare(plan)
     state = fresh(job, plan)
     left = options.seconds - (time.perf_counter() - began) - RESERVE
-    plan = timed(plan, max(left, 5.0))
+    plan = limit_time(plan, max(left, 5.0))
     record(run, plan)
     print(summary(job, plan) + "\n")
     return Trainer(job, plan, run, state, Show(plan.loop))
@@ -87,82 +97,86 @@ def settings(text: Path, seed: int) -> Train:
     )
 
 
-def timed(plan: Train, seconds: float) -> Train:
+def limit_time(plan: Train, seconds: float) -> Train:
     from dataclasses import replace
 
     return replace(plan, loop=replace(plan.loop, seconds=seconds))
 
 
-class Looks:
-    """Shows what the model writes at a few points of the run, and keeps the steps fast."""
+class Sampler:
+    """Shows a sample at a few points of the run, and chooses the number of threads after every step."""
 
-    def __init__(self, session: Trainer):
-        self.session, self.due = session, list(LOOKS)
-        self.threads, self.last = Threads(), time.perf_counter()
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.due = trainer, list(SAMPLE_AT)
+        self.threads, self.last = ThreadChoice(), time.perf_counter()
 
-    def look(self, state: State, metrics: Metrics) -> None:
-        if state.step > 1:  # the first step also sets things up
-            self.threads.after(metrics.seconds, time.perf_counter() - self.last)
-        progress = metrics.seconds / (self.session.options.loop.seconds or 1)
+    def observe(self, state: State, metrics: Metrics) -> None:
+        if state.step > 1:  # the first step includes set-up
+            self.threads.record(metrics.seconds, time.perf_counter() - self.last)
+        progress = metrics.seconds / (self.trainer.options.loop.seconds or 1)
         if self.due and progress >= self.due[0]:
             self.due = [share for share in self.due if share > progress]
-            show = self.session.show
-            show.note(f"\nafter {state.step:,} steps (loss {float(metrics.loss):.2f}) it writes:", "bold")
-            with self.threads.one():  # a token at a time is too little work to share
-                show.code(self.session.sample("def", 60))
-                self.session.validate()
+            show = self.trainer.show
+            show.note(f"\nafter {state.step:,} steps (loss {float(metrics.loss):.2f}) a sample:", "bold")
+            with self.threads.single():  # decoding one token is too little work for several threads
+                show.code(self.trainer.sample("def", 60))
+                self.trainer.validate()
         self.last = time.perf_counter()
 
 
-class Threads:
-    """Chooses for every step between all threads and one, by how long each took when last tried.
+class ThreadChoice:
+    """Chooses all threads or one for every step, by the time each took when last tried.
 
-    On a machine that is busy with other things one thread is many times as fast as all of them: threads wait for each
-    other after every operation, and the one that does not get a core holds up the rest. (Sums are rounded differently
-    with another number of threads, so what must be repeatable to the bit cannot do this.)
+    On a busy machine one thread can be many times as fast as all: threads synchronise after every operation, and one
+    that gets no core stalls the others. Sums round differently with another number of threads, so runs that must be
+    reproducible to the bit cannot do this.
     """
 
-    RETRY = 40  # the slower way is tried again when it would be one in this many steps' time
+    RETRY = 40  # the slower choice is tried again after this many times its step time
 
     def __init__(self) -> None:
         import torch
 
         self.set = torch.set_num_threads
-        self.took = {torch.get_num_threads(): 0.0, 1: 0.0}
-        self.tried = dict.fromkeys(self.took, 0.0)
-        self.now = max(self.took)
+        self.step_seconds = {torch.get_num_threads(): 0.0, 1: 0.0}
+        self.tried = dict.fromkeys(self.step_seconds, 0.0)
+        self.now = max(self.step_seconds)
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def single(self) -> Iterator[None]:
         self.set(1)
         yield
         self.set(self.now)
 
-    def after(self, now: float, took: float) -> None:
-        """A step took this long and ended `now` seconds into the run: choose for the next."""
-        self.took[self.now], self.tried[self.now] = took, now
-        stale = [n for n in self.took if now - self.tried[n] > self.RETRY * self.took[n]]
-        self.now = stale[0] if stale else min(self.took, key=lambda n: self.took[n])
+    def record(self, now: float, seconds: float) -> None:
+        """Record a step that ended `now` seconds into the run, and choose for the next."""
+        self.step_seconds[self.now], self.tried[self.now] = seconds, now
+        stale = [n for n in self.step_seconds if now - self.tried[n] > self.RETRY * self.step_seconds[n]]
+        self.now = stale[0] if stale else min(self.step_seconds, key=lambda n: self.step_seconds[n])
         self.set(self.now)
 
 
-def write(session: Trainer) -> None:
-    """The end of the demonstration: the loss on text it has not seen, and a few completions."""
+def finish(trainer: Trainer) -> None:
+    """Validate, write plot and report with that validation, and show a few completions."""
     import torch
 
-    session.validate()
-    session.picture()
+    from oneblock.train.report import write as write_report
+
+    trainer.validate()
+    trainer.picture()
     torch.set_num_threads(1)
-    session.show.note("\nIt goes on from a few beginnings:", "bold")
-    for prompt in PROMPTS:
-        session.show.code(session.sample(prompt, 70))
+    trainer.show.note("\ncompletions:", "bold")
+    completions = [trainer.sample(prompt, 70) for prompt in PROMPTS]
+    for completion in completions:
+        trainer.show.code(completion)
+    write_report(trainer, completions[0])
 
 
 # ------------------------------------------------------------------ the text
 
 
 def corpus() -> str:
-    """The sources of the standard library, in the order of their names, up to SIZE characters."""
+    """The source of the standard library in the order of file names, up to SIZE characters."""
     parts, size = [], 0
     for path in sources():
         text = path.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "")
@@ -171,7 +185,7 @@ def corpus() -> str:
             size += len(text) + 3
     if not parts:
         raise OneblockError(
-            "this Python comes without the sources of its library: use `oneblock train --data FILE` on a text of yours"
+            "this Python has no source of its standard library: run `oneblock train --data FILE` on your own text"
         )
     return "\n\n\n".join(parts) + "\n"
 
@@ -179,11 +193,11 @@ def corpus() -> str:
 def sources() -> Iterator[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).parts):
-        if not LEFT_OUT & set(path.relative_to(root).parts):
+        if not SKIPPED_FOLDERS & set(path.relative_to(root).parts):
             yield path
 
 
-def folder(out: Path | None) -> Path:
+def make_folder(out: Path | None) -> Path:
     from oneblock.train.run import new_folder
 
     if out is None:
@@ -194,11 +208,11 @@ def folder(out: Path | None) -> Path:
     return new_folder(out)
 
 
-# ------------------------------------------------------------------ what to do next
+# ------------------------------------------------------------------ next steps
 
 
 def command() -> str:
-    """How to start this program again: by name where that works, else by its path."""
+    """The command that starts this program: its name if it is on the PATH, else its path."""
     if shutil.which("oneblock"):
         return "oneblock"
     beside = Path(sys.executable).parent / "oneblock"
@@ -207,13 +221,13 @@ def command() -> str:
     return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
-def farewell(run: Path) -> str:
-    me = command()
+def next_steps(run: Path) -> str:
+    program = command()
     rows = (
-        (f"{me} chat {run}/latest", "begin a line of Python, and it goes on"),
-        (f"{me} compare {run}/latest gpt2 llama-3-8b", "what it costs beside its big relatives"),
-        (f"{me} train --data FILE.txt", "train on a text of your own"),
+        (f"{program} chat {run}/latest", "complete lines of Python interactively"),
+        (f"{program} compare {run}/latest gpt2 llama-3-8b", "its cost beside large models"),
+        (f"{program} train --data FILE.txt", "train on your own text"),
     )
     width = max(len(row[0]) for row in rows)
     lines = "\n".join(f"  {line:<{width}}   {words}" for line, words in rows)
-    return f"The loss curve is in {run}/loss.png. What to do next:\n\n{lines}"
+    return f"The loss curve is in {run}/loss.png. Next:\n\n{lines}"

@@ -1,7 +1,8 @@
-"""Pictures of runs, and the smoothed curve in them."""
+"""Pictures of runs, and the smooth curve in them."""
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from oneblock.errors import OneblockError
-from oneblock.train.plot import draw, draw_all, draw_runs, smoothed, time_unit, tokens_unit
+from oneblock.train.plot import draw, draw_all, draw_runs, smooth, time_unit, tokens_unit
 
 ROWS = [
     {
@@ -29,23 +30,32 @@ ROWS = [
 def test_smoothing_does_not_lag() -> None:
     for n in (0, 1, 2, 4, 5, 30, 100, 999):
         line = [10.0 - 0.1 * i for i in range(n)]
-        assert all(abs(a - b) < 1e-9 for a, b in zip(smoothed(line), line, strict=True))
+        assert all(abs(a - b) < 1e-9 for a, b in zip(smooth(line), line, strict=True))
     noisy = [i % 2 for i in range(100)]
-    assert all(0.4 < x < 0.6 for x in smoothed(noisy)[10:-10])
+    assert all(0.4 < x < 0.6 for x in smooth(noisy)[10:-10])
 
 
 def test_the_end_of_the_curve_is_no_single_loss() -> None:
     draw = random.Random(0)
     for _ in range(20):
         values = [3.0 + draw.gauss(0, 0.1) for _ in range(500)]
-        assert all(abs(x - 3.0) < 0.1 for x in smoothed(values)[-20:])
+        assert all(abs(x - 3.0) < 0.1 for x in smooth(values)[-20:])
     spiked = [3.0] * 499 + [9.0]
-    assert smoothed(spiked)[-1] < 3.5
+    assert smooth(spiked)[-1] < 3.5
+
+
+@pytest.mark.parametrize("n", [20, 100, 1000])
+def test_the_end_of_a_flattening_curve_does_not_overshoot(n: int) -> None:
+    """A line through a loss that falls and then stays runs below its last values."""
+    falling = [5.8 + 3 * math.exp(-6 * i / n) for i in range(n)]
+    assert min(falling) <= smooth(falling)[-1] <= falling[-n // 10]
+    flat = [6.4] * (n - 3) + [5.82, 5.80, 5.81]
+    assert smooth(flat)[-1] >= 5.80
 
 
 def test_the_first_losses_are_not_smoothed_away() -> None:
     falling = [3 + 8 * 0.8**i for i in range(1000)]
-    assert smoothed(falling)[0] == pytest.approx(falling[0], abs=0.2)
+    assert smooth(falling)[0] == pytest.approx(falling[0], abs=0.2)
 
 
 def test_pictures_of_nothing_and_of_little(tmp_path: Path) -> None:

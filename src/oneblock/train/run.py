@@ -26,7 +26,7 @@ from oneblock.config import load_toml, to_toml
 from oneblock.errors import OneblockError
 from oneblock.files import write_file
 from oneblock.train.options import Train
-from oneblock.train.plot import Row, draw, draw_all, smoothed
+from oneblock.train.plot import Row, draw, draw_all, smooth
 
 CONFIG, METRICS, PICTURE, CURVES = "config.toml", "metrics.jsonl", "loss.png", "curves.png"
 PATHS = ("data", "val", "out", "resume", "config", "dry_run")  # not settings of how something is learned
@@ -148,7 +148,7 @@ def results(rows: Sequence[Row]) -> Results:
         steps=int(max(column("step"), default=0)),
         tokens=int(max(column("tokens"), default=0)),
         seconds=max(column("seconds"), default=0.0),
-        loss=smoothed(column("loss"))[-1] if column("loss") else None,
+        loss=smooth(column("loss"))[-1] if column("loss") else None,
         val=last("val"),
         best=best[0],
         best_step=best[1],
