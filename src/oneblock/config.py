@@ -35,7 +35,9 @@ class Range:
     below: float | None = None  # exclusive upper bound
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
             return False
         return (
             (self.low is None or value >= self.low)
@@ -65,15 +67,24 @@ def check_ranges(options: Any) -> None:
         value, limits = getattr(options, name), range_of(hint)
         if is_dataclass(value):
             check_ranges(value)
-        elif limits is not None and value is not None:
-            check_range(name, value, limits)
+        elif limits is not None:
+            check_range(name, value, limits, plain(hint))
 
 
-def check_range(name: str, value: Any, limits: Range) -> None:
-    """Raise OneblockError unless the number, or every number of the tuple, lies within the limits."""
-    for number in value if isinstance(value, tuple | list) else (value,):
-        if number not in limits:
-            raise OneblockError(f"{name} is {number!r}, but it must be {limits}")
+def check_range(name: str, value: Any, limits: Range, hint: Any = float) -> None:
+    """Raise OneblockError unless the number, or every number of a tuple, lies within the limits and has the type."""
+    types_ = types_within(hint)
+    if value is None and type(None) in types_:
+        return
+    integral, is_tuple = float not in types_, any(get_origin(t) is tuple for t in types_)
+    for number in value if is_tuple and isinstance(value, tuple | list) else (value,):
+        if number not in limits or (integral and not isinstance(number, int)):
+            raise OneblockError(f"{name} is {number!r}, but it must be {'an integer, ' * integral}{limits}")
+
+
+def types_within(hint: Any) -> set[Any]:
+    """The type and all types inside it: `int | None` -> {int | None, int, NoneType}."""
+    return {hint}.union(*map(types_within, get_args(hint)))
 
 
 # Common spellings of the ecosystem -> our flag; each is accepted by the commands that have the flag.

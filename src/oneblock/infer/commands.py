@@ -11,14 +11,28 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional
 
+from oneblock.config import SEED, Range
 from oneblock.errors import OneblockError
 from oneblock.files import write_file
+from oneblock.infer.options import (
+    BATCH_SIZE,
+    CONTEXT,
+    DEFAULT_MAX_TOKENS,
+    MAX_TOKENS,
+    MIN_P,
+    NUM_SPECULATIVE_TOKENS,
+    PENALTY,
+    REPETITION_PENALTY,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+)
 
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
@@ -26,124 +40,134 @@ if TYPE_CHECKING:
     from oneblock.parallel.process_group import ProcessGroup
 
 HELP = """\
-/reset      forget everything said so far
-/save FILE  write the conversation to a file
-/help       this
-/quit       leave (or Ctrl-D); Ctrl-C stops a reply, twice leaves"""
+/reset      start a new conversation
+/save FILE  write the messages as JSON
+/help       show this list
+/quit       leave (also Ctrl-D); Ctrl-C stops a reply, twice leaves"""
 
 
 @dataclass(frozen=True)
-class Choosing:
-    """How tokens are chosen. What is left out is as the model's generation_config.json has it, else without effect."""
+class SamplingFlags:
+    """Sampling parameters. The default is that of the model's generation_config.json, else no effect."""
 
-    temperature: float | None = None  # 0: always the likeliest token; 1: the model's own distribution
-    top_k: int | None = None  # choose among this many of the likeliest; 0: all
-    top_p: float | None = None  # among the fewest that have this much of the probability
-    min_p: float | None = None  # among those at least this likely, relative to the likeliest
-    repetition_penalty: float | None = None  # above 1: fewer tokens that prompt or reply already have
-    presence_penalty: float | None = None  # subtracted from the logits of tokens the reply has
-    frequency_penalty: float | None = None  # the same, times how often
-    seed: int | None = None  # the same seed gives the same reply
+    temperature: Annotated[float | None, TEMPERATURE] = None  # divides the logits; 0: greedy
+    top_k: Annotated[int | None, TOP_K] = None  # sample from this many of the most likely tokens; 0: all
+    top_p: Annotated[float | None, TOP_P] = None  # nucleus sampling: the smallest set with this probability mass
+    min_p: Annotated[float | None, MIN_P] = None  # least probability of a token, relative to the most likely one
+    repetition_penalty: Annotated[float | None, REPETITION_PENALTY] = None  # above 1: repeat prompt and reply less
+    presence_penalty: Annotated[float | None, PENALTY] = None  # subtracted from the logits of tokens in the reply
+    frequency_penalty: Annotated[float | None, PENALTY] = None  # the same, times the token's count in the reply
+    seed: Annotated[int | None, SEED] = None  # seed of sampling; default: random
 
 
 @dataclass(frozen=True)
-class Constraining:
-    """What the whole reply must be; one of these at most."""
+class StructuredOutputFlags:
+    """A constraint on the whole reply; one at most."""
 
-    schema: str | None = None  # JSON that keeps to this JSON schema: a file of it, or the schema itself
-    regex: str | None = None  # matched by this, in the syntax of Rust's regex crate
-    grammar: Path | None = None  # a file with a Lark grammar
-    choices: tuple[str, ...] = ()  # one of these texts
+    schema: str | None = None  # reply with JSON of this JSON schema: a file, or the schema itself
+    regex: str | None = None  # reply with a match of this regular expression, in the syntax of Rust's regex crate
+    grammar: Path | None = None  # reply with a sentence of this Lark grammar, a file
+    choices: tuple[str, ...] = ()  # reply with one of these strings
 
-    def asked(self) -> dict[str, Any]:
-        """The options of `LLM.generate`."""
-        schema, grammar = self.schema, self.grammar
+    def to_options(self) -> dict[str, Any]:
+        """The options of `LLM.generate`, with files read."""
+        schema = self.schema
         if schema is not None and schema.lstrip()[:1] not in ("{", "[", '"', ""):
-            schema = "true" if schema.strip() == "true" else read(Path(schema))
-        found = {"schema": schema, "regex": self.regex, "grammar": grammar and read(grammar), "choices": self.choices}
-        return {name: value for name, value in found.items() if value not in (None, ())}
+            schema = "true" if schema.strip() == "true" else read_text(Path(schema))
+        grammar = None if self.grammar is None else read_text(self.grammar)
+        options = {"schema": schema, "regex": self.regex, "grammar": grammar, "choices": self.choices}
+        return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Which model, and how it is held."""
+class LoadingFlags:
+    """The model, its dtype and device, and its KV cache."""
 
-    model: Positional[str]  # a model's folder, or its org/name on the hub
-    dtype: str | None = None  # float32, bfloat16 or float16; left out: as it is stored
+    model: Positional[str]  # a model's folder, a .gguf file, or org/name on the hub
+    dtype: str | None = None  # float32, bfloat16 or float16; default: as stored
     device: str = "cpu"  # cpu, cuda, cuda:1, ..
-    compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: in long texts
-    context: int | None = None  # tokens to make room for, past what the model was made for
-    rope_scaling: Literal["yarn", "linear", "dynamic"] = "yarn"  # how --context extends RoPE
-    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # dtype of keys and values; auto: the dtype of the model
-    prompt_cache: Path | None = None  # a file that keeps what was read of a single prompt for later runs
-    num_speculative_tokens: int = 0  # speculative decoding: draft tokens per step (4 to 8 are usual); 0: off
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decode step; auto: where enough tokens follow
+    context: Annotated[int | None, CONTEXT] = None  # extend the context to this many tokens by RoPE scaling
+    rope_scaling: Literal["yarn", "linear", "dynamic"] | None = None  # method of --context; default: yarn
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # dtype of the KV cache; auto: the model's
+    prompt_cache: Path | None = None  # a file that keeps the KV cache of a prompt for later runs
+
+
+@dataclass(frozen=True)
+class SpeculativeFlags:
+    """Speculative decoding: draft tokens verified in one forward pass, with an unchanged output distribution."""
+
+    num_speculative_tokens: Annotated[int, NUM_SPECULATIVE_TOKENS] = 0  # draft tokens per step, often 4 to 8; 0: off
     draft_model: str | None = None  # a smaller model with the same tokenizer; default: n-grams of the sequence itself
 
 
 @dataclass(frozen=True)
-class Many:
-    """A file of prompts. Started again after a kill, it goes on with those that the output does not have."""
+class BatchInputFlags:
+    """Batch inference from a file. After a kill the same command continues with the prompts that the output lacks."""
 
-    input: Path | None = None  # {"prompt": ..} or {"messages": [..]} on each line, perhaps with "id" and options
-    output: Path | None = None  # a line for each, in the order in which they end
-    batch_size: int | None = None  # prompts at once; left out: what half of the free memory holds
+    input: Path | None = None  # JSONL: {"prompt": ..} or {"messages": [..]} per line, with optional "id" and options
+    output: Path | None = None  # JSONL: one reply per line, in the order in which they finish
+    batch_size: Annotated[int | None, BATCH_SIZE] = None  # sequences at a time; default: what half of free memory holds
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Complete a prompt, or a file of them."""
+    """Complete a prompt, or a file of prompts."""
 
-    loading: Loading
-    prompt: str | None = None  # the text to go on with; left out: read from standard input
-    ids: tuple[int, ...] = ()  # the prompt as token ids, for a model without a tokenizer
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()  # texts that end the reply
-    ignore_eos: bool = False  # go on when the model would end
-    choosing: Choosing = field(default_factory=Choosing)
-    constraining: Constraining = field(default_factory=Constraining)
-    many: Many = field(default_factory=Many)
-    stream: bool = True  # show the text while it grows
-    json: bool = False  # print text, ids, log-probabilities and times as JSON
+    loading: LoadingFlags
+    prompt: str | None = None  # the text to complete; default: standard input
+    ids: Annotated[tuple[int, ...], Range(0)] = ()  # the prompt as token ids, for a model without a tokenizer
+    max_tokens: Annotated[int, MAX_TOKENS] = DEFAULT_MAX_TOKENS  # length limit of the reply
+    stop: tuple[str, ...] = ()  # strings that end the reply
+    ignore_eos: bool = False  # continue after the model's end-of-sequence token
+    stream: bool = True  # print text as it is generated
+    json: bool = False  # print text, token ids, logprobs and timing as JSON
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    structured_output: StructuredOutputFlags = field(default_factory=StructuredOutputFlags)
+    speculative_decoding: SpeculativeFlags = field(default_factory=SpeculativeFlags)
+    batch_input: BatchInputFlags = field(default_factory=BatchInputFlags)
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """Talk with a model in the terminal."""
+    """Chat with a model in the terminal."""
 
-    loading: Loading
-    system: str | None = None  # what the model is told before the conversation
-    max_tokens: int = 1024  # of one reply
-    choosing: Choosing = field(default_factory=Choosing)
+    loading: LoadingFlags
+    system: str | None = None  # the system prompt
+    max_tokens: Annotated[int, MAX_TOKENS] = 1024  # length limit of one reply
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    speculative_decoding: SpeculativeFlags = field(default_factory=SpeculativeFlags)
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
         raise OneblockError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise OneblockError(f"{path} is no UTF-8 text") from None
+        raise OneblockError(f"{path} is not UTF-8 text") from None
 
 
-def opened(loading: Loading, ranks: ProcessGroup | None = None) -> LLM:
+def load_llm(loading: LoadingFlags, speculative: SpeculativeFlags, ranks: ProcessGroup | None = None) -> LLM:
     from oneblock.infer.llm import load
     from oneblock.kernels.heap import MOST, reuse_memory
 
-    if not loading.device.startswith("cuda"):
-        reuse_memory(MOST)
-    llm = load(loading.model, loading.dtype, loading.device, ranks)
-    llm.compile = loading.compile
-    llm.kv_cache_dtype = loading.kv_cache_dtype
-    llm.prompt_cache = loading.prompt_cache
-    if loading.context is not None:
-        llm.extend_context(loading.context, loading.rope_scaling)
-    if loading.draft_model is not None and not loading.num_speculative_tokens:
+    if loading.rope_scaling is not None and loading.context is None:
+        raise OneblockError("--rope-scaling has no effect without --context: add --context N")
+    if speculative.draft_model is not None and not speculative.num_speculative_tokens:
         raise OneblockError(
             "--draft-model has no effect without --num-speculative-tokens: add --num-speculative-tokens 5"
         )
-    if loading.num_speculative_tokens:
-        draft = load(loading.draft_model, loading.dtype, loading.device) if loading.draft_model else None
-        llm.set_speculative_decoding(loading.num_speculative_tokens, draft)
+    if not loading.device.startswith("cuda"):
+        reuse_memory(MOST)
+    llm = load(loading.model, loading.dtype, loading.device, ranks)
+    llm.compile, llm.kv_cache_dtype, llm.prompt_cache = loading.compile, loading.kv_cache_dtype, loading.prompt_cache
+    if loading.context is not None:
+        llm.extend_context(loading.context, loading.rope_scaling or "yarn")
+    if speculative.num_speculative_tokens:
+        draft = speculative.draft_model
+        draft_llm = None if draft is None else load(draft, loading.dtype, loading.device)
+        llm.set_speculative_decoding(speculative.num_speculative_tokens, draft_llm)
     return llm
 
 
@@ -151,64 +175,73 @@ def opened(loading: Loading, ranks: ProcessGroup | None = None) -> LLM:
 
 
 def generate(options: GenerateOptions) -> None:
-    """On the ranks that torchrun has started, or here; the first of them writes."""
+    """Run in this process, or on the ranks that torchrun has started; only rank 0 prints."""
+    from oneblock.infer.llm import check_device
     from oneblock.parallel.process_group import init_process_group
 
+    check_device(options.loading.device)
     with (
         init_process_group(options.loading.device) as ranks,
         redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()),
     ):
-        written(options, ranks)
+        run_generate(options, ranks)
 
 
-def written(options: GenerateOptions, ranks: ProcessGroup) -> None:
-    many = options.many
-    if ranks.size > 1 and ((options.prompt is None and not options.ids) or many != Many()):
-        raise OneblockError("several ranks go on with one prompt: give --prompt or --ids")
-    if ranks.size > 1 and options.loading.prompt_cache is not None:
-        raise OneblockError("--prompt-cache holds the keys of one process: leave it out on several ranks")
-    prompt = asked(options) if many == Many() else None
-    if prompt is None and (many.input is None or many.output is None or options.prompt is not None or options.ids):
-        raise OneblockError("a file of prompts needs --input and --output, and no other prompt")
-    llm = opened(options.loading, ranks)
-    choosing = asdict(options.choosing)
-    if ranks.size > 1 and options.choosing.seed is None:
-        choosing["seed"] = 0  # ranks must draw alike
-    chosen: dict[str, Any] = {
+def run_generate(options: GenerateOptions, ranks: ProcessGroup) -> None:
+    loading, batch = options.loading, options.batch_input
+    has_prompt, is_batch = options.prompt is not None or bool(options.ids), batch != BatchInputFlags()
+    if ranks.size > 1 and (not has_prompt or is_batch):
+        raise OneblockError("with torchrun generate takes one prompt: give --prompt or --ids")
+    if ranks.size > 1 and loading.prompt_cache is not None:
+        raise OneblockError("--prompt-cache holds the KV cache of one process: leave it out with torchrun")
+    if is_batch and (batch.input is None or batch.output is None or has_prompt):
+        raise OneblockError("batch inference needs --input and --output, and neither --prompt nor --ids")
+    if is_batch and (loading.prompt_cache is not None or options.speculative_decoding.num_speculative_tokens):
+        raise OneblockError(
+            "--prompt-cache and --num-speculative-tokens apply to one prompt: leave them out with --input"
+        )
+    prompt = None if is_batch else read_prompt(options)
+    llm = load_llm(loading, options.speculative_decoding, ranks)
+    sampling = asdict(options.sampling)
+    if ranks.size > 1 and options.sampling.seed is None:
+        sampling["seed"] = 0  # every rank must sample the same tokens
+    request: dict[str, Any] = {
         "max_tokens": options.max_tokens,
         "stop": options.stop,
         "ignore_eos": options.ignore_eos,
-        **choosing,
-        **options.constraining.asked(),
+        **sampling,
+        **options.structured_output.to_options(),
     }
-    if many.input is not None and many.output is not None:
+    if batch.input is not None and batch.output is not None:
         from oneblock.infer.batch import complete_file
 
-        complete_file(llm, many.input, many.output, many.batch_size, chosen)
+        complete_file(llm, batch.input, batch.output, batch.batch_size, request)
     elif prompt is not None:
-        complete(llm, prompt, chosen, options)
+        complete_prompt(llm, prompt, request, options)
 
 
-def complete(llm: LLM, prompt: str | list[int], chosen: dict[str, Any], options: GenerateOptions) -> None:
+def complete_prompt(llm: LLM, prompt: str | list[int], request: dict[str, Any], options: GenerateOptions) -> None:
     if options.json:
         start = time.perf_counter()
-        print_json(llm.generate(prompt, **chosen), prompt, time.perf_counter() - start)
+        print_json(llm.generate(prompt, **request), prompt, time.perf_counter() - start)
         return
-    if options.stream:
-        pieces = llm.stream(prompt, **chosen) if llm.tokenizer else (f"{i} " for i in llm.stream_ids(prompt, **chosen))
+    if not options.stream:
+        pieces = iter([str(llm.generate(prompt, **request))])
+    elif llm.tokenizer:
+        pieces = llm.stream(prompt, **request)
     else:
-        pieces = iter([str(llm.generate(prompt, **chosen))])
+        pieces = (f"{id} " for id in llm.stream_ids(prompt, **request))
     screen = Console(highlight=False)
     if screen.is_terminal and isinstance(prompt, str):
         screen.print(escape(prompt), end="", style="dim", soft_wrap=True)
-    show(pieces)
+    print_pieces(pieces)
     print()
-    if llm.speculative_stats.guessed:
+    if llm.speculative_stats.drafted:
         Console(stderr=True, highlight=False).print(f"[dim]{llm.speculative_stats}[/]")
 
 
-def asked(options: GenerateOptions) -> str | list[int]:
-    """The prompt: a flag, ids, or all of standard input."""
+def read_prompt(options: GenerateOptions) -> str | list[int]:
+    """The prompt of --prompt or --ids, or all of standard input."""
     if options.prompt is not None and options.ids:
         raise OneblockError("give the prompt once: as --prompt or as --ids")
     if options.ids:
@@ -216,25 +249,21 @@ def asked(options: GenerateOptions) -> str | list[int]:
     if options.prompt is not None:
         return options.prompt
     if sys.stdin.isatty():
-        raise OneblockError('no prompt: give --prompt "Once upon a time", or a text on standard input')
+        raise OneblockError('no prompt: give --prompt "Once upon a time", or text on standard input')
     return sys.stdin.read()
 
 
-def show(pieces: Iterator[str]) -> str:
-    """Write pieces as they come, and return them all."""
-    shown = ""
+def print_pieces(pieces: Iterator[str]) -> None:
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
-        shown += piece
-    return shown
 
 
-def print_json(found: Completion, prompt: str | list[int], seconds: float) -> None:
-    row = asdict(found)
-    tokens = {"prompt_tokens": len(row.pop("prompt_ids")), "seconds": round(seconds, 3)}
+def print_json(completion: Completion, prompt: str | list[int], seconds: float) -> None:
+    row = asdict(completion)
+    counts = {"prompt_tokens": len(row.pop("prompt_ids")), "seconds": round(seconds, 3)}
     del row["top_logprobs"]
-    print(json.dumps({"prompt": prompt, **row, **tokens}, ensure_ascii=False))
+    print(json.dumps({"prompt": prompt, **row, **counts}, ensure_ascii=False))
 
 
 # ------------------------------------------------------------------ chat
@@ -244,22 +273,22 @@ def chat(options: ChatOptions) -> None:
     from oneblock.infer.chat import Conversation
 
     screen = Console(highlight=False)
-    llm = opened(options.loading)
+    llm = load_llm(options.loading, options.speculative_decoding)
     if llm.tokenizer is None:
-        raise OneblockError(f"{options.loading.model} has no tokenizer to talk with: use oneblock generate --ids")
-    request = llm.request(max_tokens=options.max_tokens, **asdict(options.choosing))
+        raise OneblockError(f"{options.loading.model} has no tokenizer to chat with: use oneblock generate --ids")
+    request = llm.build_request(max_tokens=options.max_tokens, **asdict(options.sampling))
     conversation = Conversation(llm, request, options.system)
     if screen.is_terminal:
         screen.print(f"[bold]{escape(options.loading.model)}[/]  [dim]/help lists the commands[/]")
-    if not conversation.templated:
-        note = "This model has no chat template: it was made to go on with a text, and does so with what you write."
+    if not conversation.has_template:
+        note = "The model has no chat template: it continues your text instead of answering."
         Console(stderr=True, highlight=False).print(f"[dim]{note}[/]", soft_wrap=True)
-    talk(conversation, screen)
+    run_chat(conversation, screen)
 
 
-def talk(conversation: Conversation, screen: Console) -> None:
-    """Lines in, replies out, until the end of input, /quit, or two interrupts in a row."""
-    with suppress(ImportError):  # a history and arrow keys, where Python has them
+def run_chat(conversation: Conversation, screen: Console) -> None:
+    """Read lines and print replies until end of input, /quit, or two interrupts in a row."""
+    with suppress(ImportError):  # line editing and history, where Python has readline
         importlib.import_module("readline")
     interrupted = False
     while True:
@@ -275,23 +304,23 @@ def talk(conversation: Conversation, screen: Console) -> None:
             continue
         interrupted = False
         if line.startswith("/"):
-            if not command(line, conversation, screen):
+            if not run_command(line, conversation, screen):
                 return
         elif line:
-            interrupted = not answer(line, conversation, screen)
+            interrupted = not print_reply(line, conversation, screen)
 
 
-def command(line: str, conversation: Conversation, screen: Console) -> bool:
-    """Carry out a /command; False: leave."""
+def run_command(line: str, conversation: Conversation, screen: Console) -> bool:
+    """Carry out a /command; False where it ends the chat."""
     name, _, argument = line.partition(" ")
     match name:
         case "/quit" | "/exit":
             return False
         case "/reset":
             conversation.reset()
-            screen.print("[dim]forgotten[/]")
+            screen.print("[dim]new conversation[/]")
         case "/save":
-            save(conversation, argument.strip(), screen)
+            save_messages(conversation, argument.strip(), screen)
         case "/help":
             screen.print(HELP, markup=False)
         case _:
@@ -299,10 +328,10 @@ def command(line: str, conversation: Conversation, screen: Console) -> bool:
     return True
 
 
-def save(conversation: Conversation, path: str, screen: Console) -> None:
-    """The turns as JSON, in the form that chat templates and training files take."""
+def save_messages(conversation: Conversation, path: str, screen: Console) -> None:
+    """Write the messages as JSON, the format of chat templates and training files."""
     if not path:
-        screen.print("say where to: /save FILE", markup=False)
+        screen.print("name a file: /save FILE", markup=False)
         return
     try:
         write_file(path, json.dumps(conversation.messages, indent=1, ensure_ascii=False) + "\n")
@@ -312,11 +341,11 @@ def save(conversation: Conversation, path: str, screen: Console) -> None:
     screen.print(f"{len(conversation.messages)} messages written to {path}", markup=False)
 
 
-def answer(line: str, conversation: Conversation, screen: Console) -> bool:
-    """Show the reply as it comes; False where it was interrupted."""
-    reply = conversation.say(line)
+def print_reply(line: str, conversation: Conversation, screen: Console) -> bool:
+    """Print the reply as it is generated; False where it was interrupted."""
+    reply = conversation.stream_reply(line)
     try:
-        show(reply)
+        print_pieces(reply)
         print()
     except KeyboardInterrupt:
         reply.close()  # pyright: ignore[reportAttributeAccessIssue]

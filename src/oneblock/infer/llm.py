@@ -1,4 +1,4 @@
-"""A loaded model: text in, text out."""
+"""`LLM`: a loaded model and its tokenizer, text in, text out."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, Unpack, overload
+
+import torch
 
 from oneblock import store
+from oneblock.config import SEED, check_range
 from oneblock.errors import OneblockError
-from oneblock.infer.extend_context import extend_context
-from oneblock.infer.generate import Request, Sequences, TokenOutput, check, events, remaining_tokens
-from oneblock.infer.prompt_cache import keep, take
-from oneblock.infer.sample import SamplingOptions, SamplingParams
-from oneblock.infer.speculate import ModelDrafter, NgramDrafter, SpeculativeStats, check_alike, speculated
-from oneblock.infer.stop import CONTEXT_OF_TEXT, Detokenizer, Finish
+from oneblock.infer.extend_context import ScalingMethod, extend_context
+from oneblock.infer.generate import (
+    FORWARD_LOCK,
+    Request,
+    Sequences,
+    TokenOutput,
+    check_request,
+    generate_tokens,
+    remaining_tokens,
+)
+from oneblock.infer.options import DEFAULT_MAX_TOKENS, NUM_SPECULATIVE_TOKENS, SamplingOptions, SamplingParams
+from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
+from oneblock.infer.speculate import (
+    ModelDrafter,
+    NgramDrafter,
+    SpeculativeStats,
+    check_vocabularies,
+    generate_speculatively,
+)
+from oneblock.infer.stop import DETOKENIZER_CONTEXT, Detokenizer, FinishReason
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput, StructuredOutputOptions
 from oneblock.kernels.compiler import compiler_found
 from oneblock.kernels.cpu_modules import optimize_for_cpu
@@ -31,27 +48,24 @@ from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
     from oneblock.kernels.compiled_step import Compiled
 
 Ids: TypeAlias = "list[int]"
 Prompts: TypeAlias = "str | Ids | list[str] | list[Ids]"
 Message: TypeAlias = "dict[str, Any]"
 
-MAX_TOKENS = 256
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "encoder.json", "*.tiktoken")
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "encoder.json", "*.tiktoken")
 
 
 class Options(SamplingOptions, StructuredOutputOptions, total=False):
-    """What `generate`, `stream` and `chat` take, besides how to choose a token and what the reply must be."""
+    """Keyword arguments of `generate`, `stream` and `chat`, besides sampling and structured output."""
 
     max_tokens: int | None  # default 256; None: as many as the context holds
-    stop: str | Sequence[str]  # texts that end the reply and are not part of it
-    stop_ids: Sequence[int]  # ids that end it, besides the model's own
-    ignore_eos: bool  # go on past the model's own
-    seed: int | Sequence[int] | None  # prompt i of a list draws from seed + i; a list gives each its own
-    top_logprobs: int  # also give this many of the likeliest tokens at each place
+    stop: str | Sequence[str]  # strings that end the reply and are not part of it
+    stop_ids: Sequence[int]  # token ids that end it, besides the model's EOS
+    ignore_eos: bool  # continue after the model's EOS
+    seed: int | Sequence[int] | None  # prompt i of a list uses seed + i; a list gives each prompt its own
+    top_logprobs: int  # alternatives to return for each token
 
 
 OPTIONS = frozenset(Options.__annotations__)
@@ -59,12 +73,12 @@ OPTIONS = frozenset(Options.__annotations__)
 
 @dataclass(frozen=True)
 class Completion:
-    """A reply. `ids` has every token, the one that stopped it included; `text` has what may be shown."""
+    """A reply. `ids` includes a stop token; `text` excludes stop strings."""
 
     text: str | None  # None: the model has no tokenizer
     ids: list[int]
-    logprobs: list[float]  # of each id in the model's own distribution, before temperature, penalties and cuts
-    finish_reason: Finish
+    logprobs: list[float]  # of each id in the model's own distribution, before temperature, penalties and filters
+    finish_reason: FinishReason
     prompt_ids: list[int] = field(repr=False, default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(repr=False, default_factory=list)
 
@@ -72,32 +86,59 @@ class Completion:
         return str(self.ids) if self.text is None else self.text
 
 
+class Choice:
+    """An attribute that takes one of several strings; the first is the default."""
+
+    def __init__(self, *choices: str):
+        self.choices = choices
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> str:
+        return vars(instance).get(self.name, self.choices[0])
+
+    def __set__(self, instance: object, value: str) -> None:
+        if value not in self.choices:
+            raise OneblockError(f"{self.name} is {value!r}, but it must be {' or '.join(self.choices)}")
+        vars(instance)[self.name] = value
+
+
 class LLM:
-    """A model, its tokenizer, and the habits its folder records (`generation_config.json`)."""
+    """A model and its tokenizer, with the defaults of its folder's `generation_config.json`.
+
+    Calls may come from several threads: each has its own state, and forward passes take turns.
+    """
+
+    compile = Choice("auto", "on", "off")  # torch.compile of the decode step; auto: where enough tokens follow
+    kv_cache_dtype = Choice("auto", "int8")  # auto: the model's dtype; int8: half the memory of bf16
 
     def __init__(
         self,
         model: Decoder,
         tokenizer: Tokenizer | None = None,
         config: Mapping[str, Any] | None = None,
-        generation: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
         layout: Layout | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.config, self.generation = dict(config or {}), dict(generation or {})
-        self._layout = layout  # how the folder named and split its tensors
-        self.compile: Literal["auto", "on", "off"] = "auto"  # a token's step as one graph; auto: where it pays
+        self.config, self.generation_config = dict(config or {}), dict(generation_config or {})
+        self._layout = layout  # tensor names and shards of the folder, for `save`
         self._compiled: Compiled | None = None
-        self._used, self._settled = 0.0, False  # tokens, and whether the weights are in large pages
-        self.kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: the dtype of the model
-        self.num_speculative_tokens = 0  # tokens guessed at a time for single texts (infer/speculate.py); 0: none
-        self.draft_model: LLM | None = None  # who guesses; None: the text itself
-        self.speculative_stats = SpeculativeStats()  # of the last text that was guessed
-        self.prompt_cache: Path | None = None  # a file that keeps single texts' keys and values between runs
+        self._tokens_seen, self._in_huge_pages = 0.0, False
+        self._prompt_cache: Path | None = None
+        self.num_speculative_tokens = 0
+        self.draft_model: LLM | None = None
+        self.speculative_stats = SpeculativeStats()  # since speculative decoding was configured
 
     def __repr__(self) -> str:
         spec, model = self.spec, self.model
-        return f"LLM({spec.n_layers} layers of {spec.dim}, vocabulary {spec.vocab}, {model.dtype}, {model.device})"
+        return f"LLM({spec.n_layers} layers, dim {spec.dim}, vocabulary {spec.vocab}, {model.dtype}, {model.device})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise OneblockError(
+            "an LLM cannot be pickled or copied: share it between threads, or save it and load it again"
+        )
 
     @property
     def spec(self) -> Spec:
@@ -105,71 +146,114 @@ class LLM:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The ids with which the model ends a text, as tokenizer and folder know them."""
-        found = set(self.tokenizer.eos_ids) if self.tokenizer else set()
-        for source in (self.config, self.generation):
-            ids = source.get("eos_token_id")
-            found.update([ids] if isinstance(ids, int) else ids or [])
-        return frozenset(found)
+        """The end-of-sequence ids of tokenizer, config and generation config."""
+        ids = set(self.tokenizer.eos_ids) if self.tokenizer else set()
+        for source in (self.config, self.generation_config):
+            eos = source.get("eos_token_id")
+            ids.update([eos] if isinstance(eos, int) else eos or [])
+        return frozenset(ids)
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def prompt_cache(self) -> Path | None:
+        """A file that keeps keys and values of single prompts between runs."""
+        return self._prompt_cache
+
+    @prompt_cache.setter
+    def prompt_cache(self, path: str | Path | None) -> None:
+        self._prompt_cache = None if path is None else check_prompt_cache_path(path)
+
+    def set_speculative_decoding(self, num_speculative_tokens: int, draft_model: LLM | None = None) -> None:
+        """Draft this many tokens per step for single prompts: by a smaller model, or by n-grams of the sequence.
+
+        The output distribution is unchanged. 0 switches it off. OneblockError where the vocabularies differ.
+        """
+        check_range("num_speculative_tokens", num_speculative_tokens, NUM_SPECULATIVE_TOKENS, int)
+        if draft_model is not None:
+            check_vocabularies(self.model, draft_model.model)
+        self.num_speculative_tokens, self.draft_model = num_speculative_tokens, draft_model
+        self.speculative_stats = SpeculativeStats()
+
+    def extend_context(self, context: int, rope_scaling: ScalingMethod = "yarn") -> None:
+        """Allow sequences of `context` tokens by RoPE scaling."""
+        extend_context(self.model, context, rope_scaling)
+        self.config = {}  # of the unscaled model
+        self._compiled = None
 
     # ------------------------------------------------------------------ text to ids
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's ids; an empty text is the token that begins one. Ids stay as they are."""
+        """A prompt's token ids; the BOS token for empty text. Ids are returned as they are."""
+        if isinstance(prompt, Mapping):
+            raise OneblockError("the prompt is a message: use llm.chat(messages)")
         if not isinstance(prompt, str):
+            if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+                raise OneblockError(f"the prompt is {prompt!r}, but it must be text or a list of token ids")
             return [int(i) if hasattr(i, "__index__") and not isinstance(i, bool) else i for i in prompt]
         if self.tokenizer is None:
-            raise OneblockError("the model's folder has no tokenizer: give the prompt as a list of ids")
+            raise OneblockError("the model's folder has no tokenizer: give the prompt as a list of token ids")
         ids = self.tokenizer.encode(prompt)
         return ids or ([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id])
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer | None:
-        """Ids to text for what follows the prompt: spaces between words are kept, half characters completed."""
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, by the tokenizer's chat template."""
+        if self.tokenizer is None:
+            raise OneblockError("chat needs a tokenizer, which the model's folder lacks: use generate with token ids")
+        if not is_conversation(messages):
+            raise OneblockError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+        return self.tokenizer.chat(list(messages))
+
+    def start_detokenizer(self, prompt: Sequence[int]) -> Detokenizer | None:
+        """Incremental detokenization after the prompt: keeps spaces between words and completes characters."""
         if self.tokenizer is None:
             return None
         stream = self.tokenizer.stream()
-        for id in prompt[-CONTEXT_OF_TEXT:]:
+        for id in prompt[-DETOKENIZER_CONTEXT:]:
             stream.push(id)
         return stream
 
-    def request(self, rows: int = 1, **options: Unpack[Options]) -> Request:
-        """The options checked, with the model's own defaults where nothing is asked for."""
+    # ------------------------------------------------------------------ options
+
+    def build_request(self, batch: int = 1, **options: Unpack[Options]) -> Request:
+        """The checked options of `batch` prompts, with the model's own defaults for those that are not given."""
         unknown = next((name for name in options if name not in OPTIONS), None)
         if unknown is not None:
             raise TypeError(f"unknown argument {unknown!r}; known: {', '.join(sorted(OPTIONS))}")
-        stop = options.get("stop") or ()
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop, stop_ids = options.get("stop") or (), options.get("stop_ids") or ()
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+            raise OneblockError(f"stop is {stop!r}, but it must be a string or a list of strings")
+        if not isinstance(stop_ids, list | tuple | set | frozenset) or not all(type(id) is int for id in stop_ids):
+            raise OneblockError(f"stop_ids is {stop_ids!r}, but it must be a list of token ids")
         if self.tokenizer is None and any(stop):
-            raise OneblockError("stop texts need a tokenizer, which the model's folder lacks: use stop_ids")
+            raise OneblockError("stop strings need a tokenizer, which the model's folder lacks: use stop_ids")
         eos = frozenset() if options.get("ignore_eos", False) else self.eos_ids
         return Request(
-            sampling=self._sampling(options),
-            max_tokens=options.get("max_tokens", MAX_TOKENS),
-            stop_ids=eos | frozenset(options.get("stop_ids") or ()),
-            stop=stop,
-            seeds=_seeds(options.get("seed"), rows),
-            logprobs=options.get("top_logprobs", 0),
-            grammar=self._grammar(options),
+            sampling=self._build_sampling_params(options),
+            max_tokens=options.get("max_tokens", DEFAULT_MAX_TOKENS),
+            stop_ids=eos | frozenset(stop_ids),
+            stop=tuple(stop),
+            seeds=derive_seeds(options.get("seed"), batch),
+            top_logprobs=options.get("top_logprobs", 0),
+            grammar=self._compile_grammar(options),
         )
 
-    def _grammar(self, options: Mapping[str, Any]) -> CompiledGrammar | None:
-        asked = {
-            name: options[name] for name in StructuredOutputOptions.__annotations__ if options.get(name) is not None
-        }
-        if not asked:
+    def _compile_grammar(self, options: Mapping[str, Any]) -> CompiledGrammar | None:
+        given = {n: options[n] for n in StructuredOutputOptions.__annotations__ if options.get(n) is not None}
+        if not given:
             return None
         if self.tokenizer is None:
-            raise OneblockError(f"{next(iter(asked))} needs a tokenizer, which the model's folder lacks")
-        return CompiledGrammar(StructuredOutput(**asked), self.tokenizer, self.spec.vocab)
+            raise OneblockError(f"{next(iter(given))} needs a tokenizer, which the model's folder lacks")
+        return CompiledGrammar(StructuredOutput(**given), self.tokenizer, self.spec.vocab)
 
-    def _sampling(self, options: Mapping[str, Any]) -> SamplingParams:
+    def _build_sampling_params(self, options: Mapping[str, Any]) -> SamplingParams:
         names = ["repetition_penalty"]
-        if self.generation.get("do_sample"):
+        if self.generation_config.get("do_sample"):
             names += ["temperature", "top_k", "top_p", "min_p"]
-        own = {name: self.generation.get(name) for name in names}
-        asked = {name: options.get(name) for name in SamplingOptions.__annotations__}
-        chosen = {name: value for values in (own, asked) for name, value in values.items() if value is not None}
-        return SamplingParams(**chosen)
+        defaults = {name: self.generation_config.get(name) for name in names}
+        given = {name: options.get(name) for name in SamplingOptions.__annotations__}
+        return SamplingParams(**{n: v for values in (defaults, given) for n, v in values.items() if v is not None})
 
     # ------------------------------------------------------------------ generate
 
@@ -180,161 +264,148 @@ class LLM:
     def generate(self, prompts: list[str] | list[list[int]], **options: Unpack[Options]) -> list[Completion]: ...
 
     def generate(self, prompts: Prompts, **options: Unpack[Options]) -> Completion | list[Completion]:
-        """Continue a text or a list of ids: one completion; a list of them: one for each, computed together.
+        """Complete text or token ids: one `Completion`; for a list of prompts a list of them, decoded as one batch.
 
         llm.generate("Once upon a time", max_tokens=64, temperature=0.8, top_p=0.95, seed=1).text
 
-        Options: see `Options`, `Sampling` and `Constraint`. Temperature 0 always takes the likeliest token. Left out,
-        temperature, top_k, top_p and min_p are those of `generation_config.json` where it samples, else 1 and no cuts.
+        Options: see `Options`, `SamplingParams` and `StructuredOutput`. Temperature 0 is greedy. Temperature, top_k,
+        top_p and min_p default to `generation_config.json` where it samples, else to 1 and no filter.
         """
+        if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
+            raise OneblockError(f"the prompt is {prompts!r}, but it must be text or a list of token ids")
         single = isinstance(prompts, str) or bool(len(prompts) and hasattr(prompts[0], "__index__"))
-        rows = [self.encode(p) for p in ([prompts] if single else prompts)]  # pyright: ignore[reportArgumentType]
-        found = self._complete(rows, self.request(len(rows), **options))
-        return found[0] if single else found
+        batch = [self.encode(p) for p in ([prompts] if single else prompts)]  # pyright: ignore[reportArgumentType]
+        completions = self._complete(batch, self.build_request(len(batch), **options))
+        return completions[0] if single else completions
 
     def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
         """The reply to a conversation `[{"role": "user", "content": ".."}, ..]`, by the tokenizer's chat template."""
-        return self._complete([self._conversation(messages)], self.request(**options))[0]
+        return self._complete([self.encode_messages(messages)], self.build_request(**options))[0]
 
     def stream(self, prompt: str | list[int] | list[Message], **options: Unpack[Options]) -> Iterator[str]:
-        """The same for one prompt or conversation, piece by piece. Never half a character."""
+        """The reply to one prompt or conversation as pieces of text, each of whole characters."""
         if self.tokenizer is None:
             raise OneblockError("the model's folder has no tokenizer to stream text with: use stream_ids")
-        return (event.text for event in self._events(prompt, options) if event.text)
+        return (output.text for output in self._stream(prompt, options) if output.text)
 
     def stream_ids(self, prompt: str | list[int] | list[Message], **options: Unpack[Options]) -> Iterator[int]:
-        """The ids of `stream`, each as soon as it is chosen."""
-        return (event.id for event in self._events(prompt, options))
+        """The token ids of the reply, each as soon as it is sampled."""
+        return (output.id for output in self._stream(prompt, options))
 
-    def _events(self, prompt: str | list[int] | list[Message], options: Options) -> Iterator[TokenOutput]:
-        """The prompt is checked here, before the first piece is asked for."""
-        ids = self._conversation(prompt) if _is_conversation(prompt) else self.encode(prompt)  # pyright: ignore
-        request = self.request(**options)
-        return self._run([ids], request)
-
-    def _conversation(self, messages: Sequence[Message]) -> list[int]:
-        if self.tokenizer is None:
-            raise OneblockError("the model's folder has no tokenizer to chat with: use generate with a list of ids")
-        return self.tokenizer.chat(list(messages))
-
-    def texts(self, prompts: Sequence[list[int]], request: Request) -> Sequences:
-        """A batch ready to run, with room for what may come."""
-        check(self.spec, prompts, request)
-        longest = max(map(len, prompts), default=0)
-        more = max((remaining_tokens(self.spec, p, request.max_tokens) for p in prompts), default=0)
-        self._used += sum(map(len, prompts)) / PROMPT
-        return Sequences(self.model, prompts, longest + more, self.ready(more), self.kv_cache_dtype == "int8")
-
-    def _run(self, prompts: Sequence[list[int]], request: Request) -> Iterator[TokenOutput]:
-        return self.run(self.texts(prompts, request), request, [self.detokenizer(prompt) for prompt in prompts])
-
-    def run(
-        self, texts: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]
-    ) -> Iterator[TokenOutput]:
-        """The texts' tokens as they come; of a single text guessed, and kept on disk, where that was asked for."""
-        if len(texts.rows) > 1:
-            return events(texts, request, detokenizers)
-        found = (
-            self._guessed(texts, request, detokenizers[0])
-            if self.num_speculative_tokens
-            else events(texts, request, detokenizers)
-        )
-        return found if self.prompt_cache is None else self._kept(self.prompt_cache, texts, found)
-
-    def _kept(self, path: Path, texts: Sequences, found: Iterator[TokenOutput]) -> Iterator[TokenOutput]:
-        """The same, begun from the file where it has the text's beginning, and written to it at the end."""
-        if path.exists() and not texts.cache.length:
-            take(path, texts)
-        yield from found
-        keep(path, texts)
-
-    def _guessed(self, texts: Sequences, request: Request, detokenizer: Detokenizer | None) -> Iterator[TokenOutput]:
-        self.speculative_stats = SpeculativeStats()
-        seed = request.seeds[0] if request.seeds else 0
-        drafter = (
-            NgramDrafter()
-            if self.draft_model is None
-            else ModelDrafter(self.draft_model.model, request.sampling, seed + 1)
-        )
-        return speculated(texts, request, detokenizer, drafter, self.num_speculative_tokens, self.speculative_stats)
-
-    def set_speculative_decoding(self, num_speculative_tokens: int, draft_model: LLM | None = None) -> None:
-        """From now on guess n tokens of single texts at a time: by a smaller model, or by what the text has repeated.
-
-        The distribution stays the same; passes get fewer where guesses are good. OneblockError where the draft has
-        another vocabulary.
-        """
-        if draft_model is not None:
-            check_alike(self.model, draft_model.model)
-        self.num_speculative_tokens, self.draft_model = num_speculative_tokens, draft_model
-
-    def extend_context(self, context: int, rope_scaling: Literal["yarn", "linear", "dynamic"] = "yarn") -> None:
-        """Make room for texts of so many tokens by RoPE scaling (infer/longer.py)."""
-        extend_context(self.model, context, rope_scaling)
-        self.config = {}  # it describes another model now
-
-    def ready(self, tokens: int) -> Compiled | None:
-        """For so many tokens to come: the weights in large pages, and the step as one graph, where that is repaid."""
-        self._used += tokens
-        if self._used >= REPAYS and not self._settled:
-            settle(self.model)
-            self._settled = True
-        return self.compiled(tokens)
-
-    def compiled(self, tokens: int) -> Compiled | None:
-        """The step as one graph, where it was asked for or so many tokens repay its making."""
-        from oneblock.kernels.compiled_step import Compiled, pays
-
-        if self._compiled is None and self.compile == "on" and not compiler_found():
-            warnings.warn("no C++ compiler was found: steps are not compiled (install g++)", stacklevel=2)
-            self.compile = "off"
-        if self.compile == "off" or (self.compile == "auto" and not pays(self.spec, tokens, self.model.device)):
-            return self._compiled if self.compile == "auto" else None
-        self._compiled = self._compiled or Compiled(self.model)
-        return self._compiled
+    def _stream(self, prompt: str | list[int] | list[Message], options: Options) -> Iterator[TokenOutput]:
+        """Prompt and options are checked before the first token is asked for."""
+        ids = self.encode_messages(prompt) if is_conversation(prompt) else self.encode(prompt)  # pyright: ignore
+        return self._generate([ids], self.build_request(**options))
 
     def _complete(self, prompts: Sequence[list[int]], request: Request) -> list[Completion]:
         if not prompts:
             return []
         rows: list[list[TokenOutput]] = [[] for _ in prompts]
-        for event in self._run(prompts, request):
-            rows[event.row].append(event)
-        return [self._completion(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        for output in self._generate(prompts, request):
+            rows[output.row].append(output)
+        return [self._build_completion(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
 
-    def _completion(self, prompt: list[int], row: list[TokenOutput]) -> Completion:
-        finish = row[-1].finish
-        assert finish is not None, "a reply that has not ended"
+    def _build_completion(self, prompt: list[int], outputs: list[TokenOutput]) -> Completion:
+        finish_reason = outputs[-1].finish_reason
+        assert finish_reason is not None, "the sequence has not finished"
         return Completion(
-            text=None if self.tokenizer is None else "".join(event.text for event in row),
-            ids=[event.id for event in row],
-            logprobs=[event.logprob for event in row if event.logprob is not None],
-            finish_reason=finish,
+            text=None if self.tokenizer is None else "".join(output.text for output in outputs),
+            ids=[output.id for output in outputs],
+            logprobs=[output.logprob for output in outputs if output.logprob is not None],
+            finish_reason=finish_reason,
             prompt_ids=list(prompt),
-            top_logprobs=[event.top for event in row if event.top],
+            top_logprobs=[output.top for output in outputs if output.top],
         )
 
+    def _generate(self, prompts: Sequence[list[int]], request: Request) -> Iterator[TokenOutput]:
+        detokenizers = [self.start_detokenizer(prompt) for prompt in prompts]
+        return self.generate_tokens(self.allocate_sequences(prompts, request), request, detokenizers)
+
+    def allocate_sequences(self, prompts: Sequence[list[int]], request: Request) -> Sequences:
+        """A checked batch with an empty KV cache for prompts and replies."""
+        check_request(self.spec, prompts, request)
+        longest = max(map(len, prompts), default=0)
+        new = max((remaining_tokens(self.spec, p, request.max_tokens) for p in prompts), default=0)
+        compiled = self.prepare_decoding(new, sum(map(len, prompts)))
+        return Sequences(self.model, prompts, longest + new, compiled, self.kv_cache_dtype == "int8")
+
+    def generate_tokens(
+        self, sequences: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]
+    ) -> Iterator[TokenOutput]:
+        """Decode a batch; a batch of one with speculative decoding and the prompt cache where these are on."""
+        if len(sequences.rows) > 1 or not self.num_speculative_tokens:
+            outputs = generate_tokens(sequences, request, detokenizers)
+        else:
+            seed = (request.seeds[0] + 1) % 2**63 if request.seeds else 1
+            draft = self.draft_model
+            drafter = NgramDrafter() if draft is None else ModelDrafter(draft.model, request.sampling, seed)
+            n, stats = self.num_speculative_tokens, self.speculative_stats
+            outputs = generate_speculatively(sequences, request, detokenizers[0], drafter, n, stats)
+        if len(sequences.rows) > 1 or self.prompt_cache is None:
+            return outputs
+        return self._with_prompt_cache(self.prompt_cache, sequences, outputs)
+
+    def _with_prompt_cache(
+        self, path: Path, sequences: Sequences, outputs: Iterator[TokenOutput]
+    ) -> Iterator[TokenOutput]:
+        """The same outputs; the KV cache is loaded before the first and saved after the last."""
+        if path.exists() and not sequences.cache.length:
+            load_prompt_cache(path, sequences)
+        yield from outputs
+        save_prompt_cache(path, sequences)
+
+    # ------------------------------------------------------------------ speed
+
+    def prepare_decoding(self, new_tokens: int, prompt_tokens: int = 0) -> Compiled | None:
+        """Move weights to huge pages and compile the decode step, where the tokens to come repay it."""
+        with FORWARD_LOCK:
+            self._tokens_seen += new_tokens + prompt_tokens / PROMPT
+            if self._tokens_seen >= REPAYS and not self._in_huge_pages:
+                settle(self.model)
+                self._in_huge_pages = True
+            return self.compile_step(new_tokens)
+
+    def compile_step(self, new_tokens: int) -> Compiled | None:
+        """The compiled decode step, where `compile` asks for it or so many tokens repay it; else None."""
+        from oneblock.kernels.compiled_step import Compiled, pays
+
+        if self._compiled is None and self.compile == "on" and not compiler_found():
+            warnings.warn("no C++ compiler was found: steps are not compiled (install g++)", stacklevel=2)
+            self.compile = "off"
+        if self.compile == "off" or (self.compile == "auto" and not pays(self.spec, new_tokens, self.model.device)):
+            return self._compiled if self.compile == "auto" else None
+        self._compiled = self._compiled or Compiled(self.model)
+        return self._compiled
+
     def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder: configuration, weights, tokenizer; the old one stays until the new is whole."""
+        """Write a Hugging Face folder: config, weights, tokenizer; an existing one is replaced in one step."""
         with store.replace_model_folder(folder) as new:
             if bits := bits_of(self.model):
-                write_quantized(new, self.model, bits, self.config, self.generation)
+                write_quantized(new, self.model, bits, self.config, self.generation_config)
             else:
-                write_model(new, self.model, self.config or None, self.generation or None, layout=self._layout)
+                write_model(new, self.model, self.config or None, self.generation_config or None, layout=self._layout)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 
 
-def _is_conversation(prompt: object) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+def is_conversation(prompt: object) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(m, dict) for m in prompt)
 
 
-def _seeds(seed: int | Sequence[int] | None, rows: int) -> tuple[int, ...]:
+def derive_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
+    """One seed per prompt: seed, seed + 1, ..; those of a list as they are; none without a seed."""
     if seed is None:
         return ()
-    seeds = tuple(seed + i for i in range(rows)) if isinstance(seed, int) else tuple(seed)
-    if len(seeds) != rows or not all(isinstance(s, int) for s in seeds):
-        raise OneblockError(f"seed must be one whole number, or a list of {rows}: one for each prompt")
-    return seeds
+    if not isinstance(seed, list | tuple):
+        check_range("seed", seed, SEED, int)
+        return tuple((seed + i) % 2**63 for i in range(batch))
+    check_range("seed", seed, SEED, tuple[int, ...])
+    if len(seed) != batch:
+        raise OneblockError(f"seed has {len(seed)} values for {batch} prompts: give one integer, or one per prompt")
+    return tuple(seed)
+
+
+# ------------------------------------------------------------------ loading
 
 
 def load(
@@ -343,35 +414,51 @@ def load(
     device: str | torch.device = "cpu",
     ranks: ProcessGroup | None = None,
 ) -> LLM:
-    """A model from a folder or a .gguf file, or from the hub by `org/name[@revision]`; dtype None: as it is stored.
+    """Load a folder or a .gguf file, or `org/name[@revision]` from the hub; dtype None: as it is stored.
 
     llm = oneblock.load("path/or/org/name", dtype="bfloat16", device="cpu")
 
-    `ranks`: load this rank's shard for tensor parallelism under torchrun; the device never holds the full model.
+    `ranks`: this process's tensor-parallel shard, under torchrun; no device holds the whole model.
     """
-    several = ranks is not None and ranks.size > 1
-    found, tokenizer = read(store.resolve(str(path_or_name)), dtype, "cpu" if several else device)
-    if ranks is not None and several:
-        TensorParallel(ranks).shard_decoder(found.model)
-        found.model.to(device)
-    optimize_for_cpu(found.model)
-    return LLM(found.model, tokenizer, found.config, found.generation, found.layout)
+    device = check_device(device)
+    sharded = ranks is not None and ranks.size > 1
+    checkpoint, tokenizer = read_checkpoint(store.resolve(str(path_or_name)), dtype, "cpu" if sharded else device)
+    if ranks is not None and sharded:
+        TensorParallel(ranks).shard_decoder(checkpoint.model)
+        checkpoint.model.to(device)
+    optimize_for_cpu(checkpoint.model)
+    return LLM(checkpoint.model, tokenizer, checkpoint.config, checkpoint.generation, checkpoint.layout)
 
 
-def read(
+def check_device(device: object) -> torch.device:
+    """The device; OneblockError naming the available ones where this machine does not have it."""
+    available = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        available += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    try:
+        checked = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        checked = None
+    if checked is None or str(checked) not in available:
+        raise OneblockError(f"device {str(device)!r} is not available here; available: {', '.join(available)}")
+    return checked
+
+
+def read_checkpoint(
     path: Path, dtype: str | torch.dtype | None, device: str | torch.device
 ) -> tuple[Checkpoint, Tokenizer | None]:
-    """Plain folders, folders of codes, GGUF files."""
+    """Model and tokenizer of a folder, a quantized folder or a GGUF file."""
     if path.suffix == ".gguf":
-        from oneblock.store.gguf import load_gguf  # its library is an extra
+        from oneblock.store.gguf import load_gguf  # needs the optional package gguf
 
         return load_gguf(path, dtype, device)
     if bits := quantized(store.read_config(path)[1]):
-        return load_quantized(path, bits, dtype, device), find_tokenizer(path)
-    return store.load_model(path, dtype, device), find_tokenizer(path)
+        return load_quantized(path, bits, dtype, device), load_tokenizer(path)
+    return store.load_model(path, dtype, device), load_tokenizer(path)
 
 
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer; None where it has no file of one. A file that cannot be read is an error."""
-    found = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
-    return Tokenizer.load(folder) if found else None
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer; None where it has no tokenizer file."""
+    has_tokenizer = any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES)
+    return Tokenizer.load(folder) if has_tokenizer else None

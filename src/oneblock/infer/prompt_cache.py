@@ -1,4 +1,4 @@
-"""A text's keys and values on disk: a long prompt is read once, and its replies begin at once in later runs."""
+"""The prompt cache: keys and values of a sequence in a safetensors file, so that later runs skip its prefill."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from safetensors import SafetensorError, safe_open
 from oneblock.errors import OneblockError
 from oneblock.files import replace_file
 from oneblock.infer.cache import Held
-from oneblock.infer.generate import Sequences
+from oneblock.infer.generate import Sequences, common_prefix_length
 from oneblock.model import Decoder
 from oneblock.store.save import write_tensors
 
 
-def fingerprint(model: Decoder, coded: bool) -> str:
-    """Of the spec, the dtype, the cache's form and a part of the weights: a cache serves no other model."""
-    found = hashlib.sha256(f"{model.spec} {model.dtype} {'8 bits' if coded else ''}".encode())
+def fingerprint(model: Decoder, int8_cache: bool) -> str:
+    """A hash of the spec, the dtypes and a sample of the weights: a file serves only the model that wrote it."""
+    digest = hashlib.sha256(f"{model.spec} {model.dtype} {'int8' if int8_cache else ''}".encode())
     for x in (*model.parameters(), *model.buffers()):
-        some = x.detach().flatten()[:: max(1, x.numel() // 64)][:64].cpu()
-        found.update(some.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sample = x.detach().flatten()[:: max(1, x.numel() // 64)][:64].cpu()
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def keep(path: Path, texts: Sequences) -> None:
-    """Write the only row's ids, keys and values; the old file stays until the new is whole."""
-    [row], cache = texts.rows, texts.cache
-    held = {"ids": torch.tensor(row[: cache.length])}
+def save_prompt_cache(path: Path, sequences: Sequences) -> None:
+    """Write ids, keys and values of a batch of one; an existing file is replaced in one step."""
+    [row], cache = sequences.rows, sequences.cache
+    tensors = {"ids": torch.tensor(row[: cache.length])}
     for layer, pair in zip(cache.stored_layers, cache.columns(), strict=True):
         for name, parts in zip(("keys", "values"), pair, strict=True):
-            held |= {f"{name}.{layer}.{i}": x for i, x in enumerate(parts)}
-    with replace_file(path) as new:
-        write_tensors(new, held, {"model": fingerprint(texts.model, cache.coded)})
+            tensors |= {f"{name}.{layer}.{i}": x for i, x in enumerate(parts)}
+    with replace_file(path) as temporary:
+        write_tensors(temporary, tensors, {"model": fingerprint(sequences.model, cache.coded)})
 
 
-def take(path: Path, texts: Sequences) -> int:
-    """Give the only row what the file has of its beginning; how many tokens need not be read again.
+def load_prompt_cache(path: Path, sequences: Sequences) -> int:
+    """Fill the cache of a batch of one with its prefix that the file holds; the number of tokens that need no prefill.
 
-    OneblockError where the file is of another model, or damaged.
+    OneblockError where the file belongs to another model, or is damaged.
     """
-    [row], cache = texts.rows, texts.cache
+    [row], cache = sequences.rows, sequences.cache
     try:
         with safe_open(path, "pt", device=str(cache.device)) as file:
-            if (file.metadata() or {}).get("model") != fingerprint(texts.model, cache.coded):
+            if (file.metadata() or {}).get("model") != fingerprint(sequences.model, cache.coded):
                 raise OneblockError(
-                    f"{path}: is the cache of another model, or in other bits: name another file, or delete it"
+                    f"{path}: is the prompt cache of another model or KV cache dtype; name another file, or delete it"
                 )
             ids = file.get_tensor("ids").tolist()
             parts = range(2 if cache.coded else 1)
@@ -55,10 +55,19 @@ def take(path: Path, texts: Sequences) -> int:
                 return tuple(file.get_tensor(f"{name}.{i}") for i in parts)
 
             pairs = ((stored(f"keys.{n}"), stored(f"values.{n}")) for n in cache.stored_layers)
-            same = next((i for i, (a, b) in enumerate(zip(ids, row, strict=False)) if a != b), min(len(ids), len(row)))
-            if same < 2 or not cache.fill(pairs, len(ids)) or not cache.rewind(min(same, len(row) - 1)):
-                texts.reset()
+            common = common_prefix_length(ids, row)
+            if common < 2 or not cache.fill(pairs, len(ids)) or not cache.rewind(min(common, len(row) - 1)):
+                sequences.reset()
                 return 0
     except (SafetensorError, OSError) as e:
-        raise OneblockError(f"{path}: {str(e).splitlines()[0]}; delete it, and it is made again") from None
-    return texts.cache.length
+        raise OneblockError(f"{path}: {str(e).splitlines()[0]}; delete it, and it is written again") from None
+    return sequences.cache.length
+
+
+def check_prompt_cache_path(path: object) -> Path:
+    """The path of a prompt cache given as str or Path; OneblockError for other types and for folders."""
+    if not isinstance(path, str | Path):
+        raise OneblockError(f"prompt_cache is {path!r}, but it must be the path of a file")
+    if Path(path).is_dir():
+        raise OneblockError(f"{path}: is a folder; name a file in it for the prompt cache")
+    return Path(path)

@@ -1,8 +1,10 @@
-"""Several tokens guessed, and checked in one pass of the model: the same distribution in fewer passes.
+"""Speculative decoding: draft tokens verified in one forward pass, with an unchanged output distribution.
 
-arXiv:2211.17192 and arXiv:2302.01318: a guess drawn from q is kept with probability min(1, p / q), and else replaced by
-a draw from what p has more than q. Guesses come from a smaller model, or from the text itself (q is then 1 for the one
-token that followed the same words before). Texts are guessed one at a time. Shapes: n guesses, V vocabulary.
+Rejection sampling (arXiv:2211.17192, arXiv:2302.01318): a draft token drawn from q is accepted with probability
+min(1, p / q), else replaced by a draw from max(p - q, 0). Drafts come from a smaller model, or from n-grams of the
+sequence itself (prompt lookup; q is then 1 at the draft token). One sequence at a time.
+
+Shapes: n draft tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,202 +12,212 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError
-from oneblock.infer.generate import Request, Sequences, TokenOutput, chosen_from, context_limit, remaining_tokens
-from oneblock.infer.sample import Counts, SamplingParams, distribution, draw, only, process_logits
+from oneblock.infer.generate import (
+    Request,
+    Sequences,
+    TokenOutput,
+    build_token_outputs,
+    check_logits,
+    context_limit,
+    remaining_tokens,
+)
+from oneblock.infer.options import SamplingParams
+from oneblock.infer.sample import TokenCounts, compute_probabilities, draw_tokens, process_logits
 from oneblock.infer.stop import Detokenizer, Reply
+from oneblock.infer.structured_output import GrammarMatchers
 from oneblock.model import Decoder
 
-if TYPE_CHECKING:
-    from oneblock.infer.structured_output import GrammarMatchers
-
-LONGEST, SHORTEST = 4, 2  # tokens that must have occurred before for what followed them to be guessed
+MAX_NGRAM, MIN_NGRAM = 4, 2
 
 
 @dataclass(frozen=True)
 class DraftTokens:
     ids: list[int]
-    weights: Tensor | None = None  # (n, V): what each was drawn from; None: they are sure
+    probabilities: Tensor | None = None  # (n, V): the distribution of each; None: one-hot
 
 
 class Drafter(Protocol):
-    def propose(self, text: Sequence[int], n: int) -> DraftTokens:
-        """Up to n tokens that may follow."""
+    def propose(self, sequence: Sequence[int], n: int) -> DraftTokens:
+        """Up to n tokens that may follow the sequence."""
         ...
 
 
 @dataclass
 class SpeculativeStats:
-    """How many guesses there were, and how many were kept."""
+    """Counts of draft tokens and of those accepted."""
 
-    guessed: int = 0
-    kept: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / max(self.drafted, 1)
 
     def __str__(self) -> str:
-        return f"{self.kept:,} of {self.guessed:,} guessed tokens kept ({self.kept / max(self.guessed, 1):.0%})"
+        return f"{self.accepted:,} of {self.drafted:,} draft tokens accepted ({self.acceptance_rate:.0%})"
 
 
 class NgramDrafter:
-    """What followed the last words when the text had them before (prompt lookup)."""
+    """Proposes the tokens that followed the latest earlier occurrence of the sequence's last n-gram."""
 
     def __init__(self) -> None:
-        self.after: dict[tuple[int, ...], int] = {}  # some ids -> where what followed them begins, latest first
-        self.read = 0
+        self._continuations: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
+        self._indexed = 0
 
-    def propose(self, text: Sequence[int], n: int) -> DraftTokens:
-        known = tuple(text)
-        for end in range(max(self.read, 1), len(known)):  # the text's own end is not yet followed by anything
-            for size in range(SHORTEST, min(LONGEST, end) + 1):
-                self.after[known[end - size : end]] = end
-        self.read = len(known)
-        for size in range(min(LONGEST, len(known)), SHORTEST - 1, -1):
-            if (start := self.after.get(known[-size:])) is not None:
-                return DraftTokens(list(known[start : start + n]))
+    def propose(self, sequence: Sequence[int], n: int) -> DraftTokens:
+        ids = tuple(sequence)
+        for end in range(max(self._indexed, 1), len(ids)):  # nothing follows the last n-gram yet
+            for size in range(MIN_NGRAM, min(MAX_NGRAM, end) + 1):
+                self._continuations[ids[end - size : end]] = end
+        self._indexed = len(ids)
+        for size in range(min(MAX_NGRAM, len(ids)), MIN_NGRAM - 1, -1):
+            if (start := self._continuations.get(ids[-size:])) is not None:
+                return DraftTokens(list(ids[start : start + n]))
         return DraftTokens([])
 
 
 class ModelDrafter:
-    """What a smaller model with the same vocabulary would write."""
+    """Proposes samples of a smaller model with the same vocabulary."""
 
     def __init__(self, model: Decoder, sampling: SamplingParams, seed: int):
         self.model, self.sampling = model, replace(sampling, logit_bias={})
-        self.texts: Sequences | None = None
-        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self.sequences: Sequences | None = None
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def propose(self, text: Sequence[int], n: int) -> DraftTokens:
+    def propose(self, sequence: Sequence[int], n: int) -> DraftTokens:
         limit = context_limit(self.model.spec)
-        n = n if limit is None else max(min(n, limit - len(text)), 0)
-        if self.texts is None:
-            self.texts = Sequences(self.model, [text], len(text) + n)
+        n = n if limit is None else max(min(n, limit - len(sequence)), 0)
+        if self.sequences is None:
+            self.sequences = Sequences(self.model, [sequence], len(sequence) + n)
         else:
-            self.texts.replace(text)
-        ids, weights = [], []
+            self.sequences.replace_prompt(sequence)
+        ids, probabilities = [], []
         for _ in range(n):
-            p = weighed(self.texts.step(), self.sampling, None)
-            id = pick(p, self.generator)
-            self.texts.append_tokens([id])
+            q = compute_target_distribution(self.sequences.step(), self.sampling, None)
+            id = draw_token(q, self.generator)
+            self.sequences.append_tokens([id])
             ids.append(id)
-            weights.append(p)
-        return DraftTokens(ids, torch.stack(weights) if weights else None)
+            probabilities.append(q)
+        return DraftTokens(ids, torch.stack(probabilities) if probabilities else None)
 
 
-def check_alike(model: Decoder, draft: Decoder) -> None:
-    if model.spec.vocab != draft.spec.vocab:
+def check_vocabularies(model: Decoder, draft_model: Decoder) -> None:
+    if model.spec.vocab != draft_model.spec.vocab:
         raise OneblockError(
-            f"the draft model has {draft.spec.vocab} words and the model {model.spec.vocab}: give a draft with the "
-            f"same tokenizer"
+            f"the draft model's vocabulary has {draft_model.spec.vocab} tokens and the model's {model.spec.vocab}: "
+            f"use a draft model with the same tokenizer"
         )
 
 
-# ------------------------------------------------------------------ checking
+# ------------------------------------------------------------------ verification
 
 
-def weighed(logits: Tensor, sampling: SamplingParams, counts: Counts | None, allowed: Tensor | None = None) -> Tensor:
-    """The distribution (V,) that a token is drawn from; all of it on one token where the choice is greedy.
-
-    `allowed` (1, V): the ids that may be chosen at all.
-    """
-    logits = process_logits(logits.float().view(1, -1), sampling, counts)
-    logits = logits if allowed is None else only(logits, allowed)
-    if sampling.greedy:
+def compute_target_distribution(
+    logits: Tensor, sampling: SamplingParams, counts: TokenCounts | None, allowed: Tensor | None = None
+) -> Tensor:
+    """The distribution (V,) that a token is drawn from; one-hot where sampling is greedy. `allowed`: (1, V)."""
+    logits = process_logits(logits.float().view(1, -1), sampling, counts, allowed)
+    if sampling.is_greedy:
         return torch.zeros_like(logits[0]).index_fill_(0, logits.argmax(-1), 1.0)
-    return distribution(logits, sampling)[0]
+    return compute_probabilities(logits, sampling)[0]
 
 
-def pick(weights: Tensor, generator: torch.Generator) -> int:
+def draw_token(weights: Tensor, generator: torch.Generator) -> int:
     uniform = torch.rand(1, dtype=torch.float64, generator=generator)
-    return int(draw(weights[None].cpu(), uniform))
+    return int(draw_tokens(weights[None].cpu(), uniform))
 
 
 def rejection_sample(p: Tensor, id: int, q: Tensor | None, generator: torch.Generator) -> tuple[int, bool]:
-    """The token at one place, and whether it is the guessed one: p (V,) is the model's, q what the guess is from."""
-    chance = 1.0 if q is None else float(q[id])
-    if torch.rand(1, dtype=torch.float64, generator=generator).item() * chance < float(p[id]):
+    """The token at one position and whether it is the draft token; p, q (V,): target and draft distribution."""
+    draft_probability = 1.0 if q is None else float(q[id])
+    if torch.rand(1, dtype=torch.float64, generator=generator).item() * draft_probability < float(p[id]):
         return id, True
-    left = p.clone() if q is None else (p - q).clamp(min=0)
+    residual = p.clone() if q is None else (p - q).clamp(min=0)
     if q is None:
-        left[id] = 0.0
-    return pick(left if left.sum() > 0 else p, generator), False
+        residual[id] = 0.0
+    return draw_token(residual if residual.sum() > 0 else p, generator), False
 
 
 @dataclass
-class Speculation:
-    """One text, its drafter, and the state of its draws."""
+class SpeculativeDecoder:
+    """One sequence, its drafter and its sampling state."""
 
-    texts: Sequences
+    sequences: Sequences
     request: Request
     drafter: Drafter
-    length: int  # guesses at a time
+    num_speculative_tokens: int
     generator: torch.Generator
-    counts: Counts | None
-    matchers: GrammarMatchers | None  # of the only row
+    counts: TokenCounts | None
+    matchers: GrammarMatchers | None
     stats: SpeculativeStats = field(default_factory=SpeculativeStats)
 
-    def step(self, most: int) -> list[tuple[TokenOutput, bool]]:
-        """One pass: the guesses that stood, then one token of the model's own; `most` tokens may come.
+    def step(self, remaining: int) -> list[tuple[TokenOutput, bool]]:
+        """One forward pass: the accepted draft tokens and one token of the model's own, `remaining` at most.
 
-        With each whether nothing may follow it. The cache has no more than the row then.
+        Each with whether the grammar ends there. Afterwards the cache holds no rejected token.
         """
-        texts, [row] = self.texts, self.texts.rows
-        n = min(self.length, most - 1)
-        guess = self.drafter.propose(row, n) if n > 0 and texts.cache.can_rewind(len(row) + n) else DraftTokens([])
-        logits = texts.score_draft_tokens(guess.ids)
-        if logits.amax().isnan():
-            raise OneblockError("the model's logits are not numbers: load it with dtype bfloat16 or float32")
-        chosen: list[tuple[TokenOutput, bool]] = []
-        for i in range(len(guess.ids) + 1):
-            id, kept = self.settle(logits[i], guess, i)
-            [event] = chosen_from(logits[i : i + 1], torch.tensor([id], device=logits.device), self.request.logprobs)
-            texts.append_tokens([id])
-            last = self.matchers is not None and self.matchers.push([id])[0]
-            chosen.append((event, last))
-            self.stats.kept += kept
-            if not kept or last or id in self.request.stop_ids:
+        sequences, [row] = self.sequences, self.sequences.rows
+        n = min(self.num_speculative_tokens, remaining - 1)
+        can_reject = n > 0 and sequences.cache.can_rewind(len(row) + n)
+        draft = self.drafter.propose(row, n) if can_reject else DraftTokens([])
+        logits = check_logits(sequences.score_draft_tokens(draft.ids))
+        outputs: list[tuple[TokenOutput, bool]] = []
+        for i in range(len(draft.ids) + 1):
+            id, accepted = self.sample_position(logits[i], draft, i)
+            ids = torch.tensor([id], device=logits.device)
+            [output] = build_token_outputs(logits[i : i + 1], ids, self.request.top_logprobs)
+            sequences.append_tokens([id])
+            must_end = self.matchers is not None and self.matchers.push([id])[0]
+            outputs.append((output, must_end))
+            self.stats.accepted += accepted
+            if not accepted or must_end or id in self.request.stop_ids:
                 break
-        self.stats.guessed += len(guess.ids)
-        texts.cache.rewind(len(row) - 1)  # the last of them is the model's own, and not yet fed
-        return chosen
+        self.stats.drafted += len(draft.ids)
+        sequences.cache.rewind(len(row) - 1)  # the last token was sampled here and is not fed yet
+        return outputs
 
-    def settle(self, logits: Tensor, guess: DraftTokens, i: int) -> tuple[int, bool]:
-        """The token after the first i guesses, and whether it is the next of them."""
+    def sample_position(self, logits: Tensor, draft: DraftTokens, i: int) -> tuple[int, bool]:
+        """The token after i draft tokens, and whether it is the next draft token."""
         allowed = None if self.matchers is None else self.matchers.allowed()
-        p = weighed(logits, self.request.sampling, self.counts, allowed)
-        if i == len(guess.ids):
-            found = pick(p, self.generator), False
+        p = compute_target_distribution(logits, self.request.sampling, self.counts, allowed)
+        if i == len(draft.ids):
+            id, accepted = draw_token(p, self.generator), False
         else:
-            found = rejection_sample(
-                p, guess.ids[i], None if guess.weights is None else guess.weights[i], self.generator
-            )
+            q = None if draft.probabilities is None else draft.probabilities[i]
+            id, accepted = rejection_sample(p, draft.ids[i], q, self.generator)
         if self.counts is not None:
-            self.counts.add(torch.tensor([found[0]], device=logits.device))
-        return found
+            self.counts.add(torch.tensor([id], device=logits.device))
+        return id, accepted
 
 
 @torch.inference_mode()
-def speculated(
-    texts: Sequences,
+def generate_speculatively(
+    sequences: Sequences,
     request: Request,
     detokenizer: Detokenizer | None,
     drafter: Drafter,
-    length: int,
+    num_speculative_tokens: int,
     stats: SpeculativeStats,
 ) -> Iterator[TokenOutput]:
-    """`generate.events` for one text."""
-    most = remaining_tokens(texts.model.spec, texts.rows[0], request.max_tokens)
-    reply = Reply(detokenizer, most, request.stop_ids, request.stop)
-    seed = request.seeds[0] if request.seeds else secrets.randbits(63)
-    counts = Counts(texts.rows, texts.model.spec.vocab, texts.model.device) if request.sampling.counts else None
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    matchers = request.grammar.start(texts.rows, request.stop_ids) if request.grammar is not None else None
-    speculation = Speculation(texts, request, drafter, length, generator, counts, matchers, stats)
-    while reply.finish is None:
-        for event, last in speculation.step(most):
-            most -= 1
-            yield replace(event, row=0, text=reply.push(event.id, last), finish=reply.finish)
-            if reply.finish is not None:
+    """`generate.generate_tokens` with draft tokens, for one sequence."""
+    spec, device, rows = sequences.model.spec, sequences.model.device, sequences.rows
+    limit = remaining_tokens(spec, rows[0], request.max_tokens)
+    reply = Reply(detokenizer, limit, request.stop_ids, request.stop)
+    counts = TokenCounts(rows, spec.vocab, device) if request.sampling.needs_counts else None
+    generator = torch.Generator().manual_seed(request.seeds[0] if request.seeds else secrets.randbits(63))
+    matchers = request.grammar.start(rows, request.stop_ids) if request.grammar is not None else None
+    decoder = SpeculativeDecoder(
+        sequences, request, drafter, num_speculative_tokens, generator, counts, matchers, stats
+    )
+    while reply.finish_reason is None:
+        for output, must_end in decoder.step(reply.remaining_tokens):
+            text = reply.push(output.id, must_end)
+            yield replace(output, row=0, text=text, finish_reason=reply.finish_reason)
+            if reply.finish_reason is not None:
                 return

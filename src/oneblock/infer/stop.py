@@ -1,52 +1,53 @@
-"""When a reply ends, and what of its text may be shown before that is certain."""
+"""Stop conditions, and the text of a reply that is final while it is generated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
-CONTEXT_OF_TEXT = 8  # prompt tokens that a reply's detokenizer sees first: a reply may begin in the middle of a word
+DETOKENIZER_CONTEXT = 8  # prompt tokens that a detokenizer reads first: a reply may begin inside a word
 
 
 class Detokenizer(Protocol):
-    """Ids to text, one at a time (`Tokenizer.stream()`)."""
+    """Incremental detokenization (`Tokenizer.stream()`)."""
 
     def push(self, id: int) -> str: ...
 
     def flush(self) -> str: ...
 
 
-class StopText:
-    """Passes text on up to the first stop string; holds back an end that might become one.
+class StopStrings:
+    """Passes text on up to the first stop string; holds back a suffix that may become one.
 
-    stop=["END"]: push("an EN") -> "an ", push("T") -> "ENT", push("END!") -> "" and `found`.
+    stop=["END"]: push("an EN") -> "an ", push("T") -> "ENT", push("END!") -> "" and `matched`.
     """
 
     def __init__(self, stops: Sequence[str]):
-        self.stops, self.held, self.found = [stop for stop in stops if stop], "", False
+        self.stops, self.held, self.matched = [stop for stop in stops if stop], "", False
 
     def push(self, text: str) -> str:
-        if self.found or not text:
+        """Add text; return the part that is final."""
+        if self.matched or not text:
             return ""
         text, self.held = self.held + text, ""
-        cuts = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if cuts:
-            self.found = True
-            return text[: min(cuts)]
-        keep = len(text) - max((overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[keep:]
-        return text[:keep]
+        matches = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if matches:
+            self.matched = True
+            return text[: min(matches)]
+        end = len(text) - max((overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[end:]
+        return text[:end]
 
     def flush(self) -> str:
-        """The text is over: what was held back is no stop string."""
+        """Return the text that is held back, once no more text follows."""
         text, self.held = self.held, ""
         return text
 
 
 def overlap(text: str, stop: str) -> int:
-    """How much of the text's end is the beginning of `stop`."""
+    """The length of the longest suffix of the text that is a proper prefix of `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n
@@ -54,32 +55,36 @@ def overlap(text: str, stop: str) -> int:
 
 
 class Reply:
-    """One row's reply while it grows: its ids, its text, and why it ended."""
+    """The generated tokens of one sequence, their text and the finish reason."""
 
     def __init__(self, detokenizer: Detokenizer | None, limit: int, stop_ids: frozenset[int], stops: Sequence[str]):
         self.ids: list[int] = []
-        self.finish: Finish | None = None
+        self.finish_reason: FinishReason | None = None
         self._detokenizer, self._limit, self._stop_ids = detokenizer, limit, stop_ids
-        self._text = StopText(stops)
+        self._text = StopStrings(stops)
 
-    def push(self, id: int, last: bool = False) -> str:
-        """One more token; the text that may be shown now. A stop id belongs to the ids, but has no text.
+    @property
+    def remaining_tokens(self) -> int:
+        return self._limit - len(self.ids)
 
-        `last`: nothing may follow it.
+    def push(self, id: int, must_end: bool = False) -> str:
+        """Append a token; return the text that became final. A stop id is part of the ids and has no text.
+
+        `must_end`: the grammar allows no further token.
         """
         self.ids.append(id)
         text = ""
         if id in self._stop_ids:
-            self.finish = "stop"
+            self.finish_reason = "stop"
         elif self._detokenizer is not None:
             text = self._text.push(self._detokenizer.push(id))
-        if last:
-            self.finish = "stop"
-        if self.finish is None and not self._text.found and len(self.ids) >= self._limit:
-            self.finish = "length"
-        if self.finish is not None and self._detokenizer is not None:
+        if must_end:
+            self.finish_reason = "stop"
+        if self.finish_reason is None and not self._text.matched and self.remaining_tokens <= 0:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self._detokenizer is not None:
             text += self._text.push(self._detokenizer.flush())
-            text += "" if self._text.found else self._text.flush()
-        if self._text.found:
-            self.finish = "stop"
+            text += "" if self._text.matched else self._text.flush()
+        if self._text.matched:
+            self.finish_reason = "stop"
         return text

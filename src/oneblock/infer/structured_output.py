@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError, missing_extra
-from oneblock.infer.stop import CONTEXT_OF_TEXT
+from oneblock.infer.stop import DETOKENIZER_CONTEXT
 from oneblock.text import Tokenizer
 from oneblock.text.stream import TokenBytes
 
@@ -240,7 +240,7 @@ class CompiledGrammar:
         return GrammarMatcher(self, self._fresh.deep_copy(), self.vocabulary.stripped if loses else ())
 
     def _shows(self, prompt: Sequence[int]) -> bool:
-        return self.tokenizer.decode(prompt[-CONTEXT_OF_TEXT:]) != ""
+        return self.tokenizer.decode(prompt[-DETOKENIZER_CONTEXT:]) != ""
 
     def start(self, texts: Sequence[Sequence[int]], stop_ids: frozenset[int]) -> GrammarMatchers:
         """A matcher for the reply to each text."""
