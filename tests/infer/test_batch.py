@@ -1,4 +1,4 @@
-"""A file of prompts: each reply is the one it would get alone, once, whatever stops the run between."""
+"""Batch inference from a file: batched == unbatched, each prompt once, across kills and full disks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import oneblock
 from oneblock import OneblockError, cli
 from oneblock.infer import batch
-from oneblock.infer.batch import Output, Reader, Result, complete_file, replies, rows_that_fit
+from oneblock.infer.batch import Output, Reader, Result, choose_batch_size, complete_file, generate_results
 from oneblock.infer.generate import Sequences
 from oneblock.infer.llm import LLM
 from oneblock.model import Decoder, init_weights
@@ -30,7 +30,7 @@ END = 256
 def llm() -> LLM:
     model = Decoder(oneblock.get_spec("llama", vocab=257, context=200, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
     init_weights(model, 1)
-    return LLM(model, byte_level(), generation={"eos_token_id": END})
+    return LLM(model, byte_level(), generation_config={"eos_token_id": END})
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,17 @@ def folder(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def written(path: Path, rows: list[Any]) -> Path:
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-def some(n: int) -> list[dict[str, Any]]:
-    """Prompts of many lengths, half of them greedy, each with its own limit."""
+def random_rows(n: int) -> list[dict[str, Any]]:
+    """Prompts of many lengths, half of them greedy, with different limits and options."""
     rows: list[dict[str, Any]] = []
     for i in range(n):
         row = {"id": f"p{i}", "prompt": "ab " * (i * 7 % 13) + "x", "max_tokens": 3 + i * 11 % 40, "seed": i}
@@ -62,7 +62,7 @@ def some(n: int) -> list[dict[str, Any]]:
     return rows
 
 
-def alone(llm: LLM, row: dict[str, Any]) -> tuple[Any, ...]:
+def generate_unbatched(llm: LLM, row: dict[str, Any]) -> tuple[Any, ...]:
     options = {name: value for name, value in row.items() if name not in ("id", "prompt")}
     if "logit_bias" in options:
         options["logit_bias"] = {int(id): bias for id, bias in options["logit_bias"].items()}
@@ -74,73 +74,73 @@ def alone(llm: LLM, row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
-def test_every_reply_is_what_it_would_be_alone(llm: LLM, tmp_path: Path, size: int) -> None:
+def test_batched_equals_unbatched(llm: LLM, tmp_path: Path, size: int) -> None:
     pytest.importorskip("llguidance")
-    rows = some(24)
-    complete_file(llm, written(tmp_path / "in", rows), tmp_path / "out", size, {})
-    found = {row["id"]: row for row in read(tmp_path / "out")}
-    assert len(read(tmp_path / "out")) == len(found) == 24
+    rows = random_rows(24)
+    complete_file(llm, write_jsonl(tmp_path / "in", rows), tmp_path / "out", size, {})
+    found = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
+    assert len(read_jsonl(tmp_path / "out")) == len(found) == 24
     for row in rows:
         got = found[row["id"]]
-        assert (got["text"], got["ids"], got["finish_reason"], got["prompt_tokens"]) == alone(llm, row)
+        assert (got["text"], got["ids"], got["finish_reason"], got["prompt_tokens"]) == generate_unbatched(llm, row)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "phi3", "mixtral", "gpt_oss"])
-def test_rows_that_go_on_are_read_again(name: str) -> None:
-    """Windows, learned positions, LongRoPE, experts."""
+def test_active_rows_survive_a_refill(name: str) -> None:
+    """Sliding windows, learned positions, LongRoPE, experts."""
     model = Decoder(FAMILIES[name]())
     init_weights(model, 3)
     llm = LLM(model)
     rows = [{"prompt": [(i * j) % 50 for j in range(1, 4 + i * 5)], "max_tokens": 2 + i * 7 % 30} for i in range(12)]
-    jobs = [Reader(llm, {"seed": 0}).job(n, row) for n, row in enumerate(rows, 1)]
-    found = {result.id: result.ids for result in replies(llm, jobs, 4)}
+    jobs = [Reader(llm, {"seed": 0}).parse_job(n, row) for n, row in enumerate(rows, 1)]
+    found = {result.id: result.ids for result in generate_results(llm, jobs, 4)}
     expected = [llm.generate(r["prompt"], max_tokens=r["max_tokens"], seed=n) for n, r in enumerate(rows)]
     assert [found[n] for n in range(1, 13)] == [reply.ids for reply in expected]
 
 
-def test_batches_are_kept_full(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_refilled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    advance = Sequences.step
-    monkeypatch.setattr(Sequences, "step", lambda self: (sizes.append(len(self.rows)), advance(self))[1])
+    step = Sequences.step
+    monkeypatch.setattr(Sequences, "step", lambda self: (sizes.append(len(self.rows)), step(self))[1])
     rows = [{"prompt": "x", "max_tokens": 5 + i * 7 % 50, "ignore_eos": True} for i in range(24)]
-    jobs = [Reader(llm, {"seed": 0}).job(n, row) for n, row in enumerate(rows, 1)]
-    assert len(list(replies(llm, jobs, 8))) == 24
+    jobs = [Reader(llm, {"seed": 0}).parse_job(n, row) for n, row in enumerate(rows, 1)]
+    assert len(list(generate_results(llm, jobs, 8))) == 24
     refills = [i for i in range(1, len(sizes)) if sizes[i] > sizes[i - 1]]
     assert len(refills) > 2
     assert max(sizes) == 8
     assert min(sizes[: refills[-1]]) > 4
 
 
-def test_a_reply_that_cannot_go_on_is_said_and_the_others_go_on(llm: LLM, tmp_path: Path) -> None:
+def test_a_reply_without_allowed_tokens_is_an_error_row(llm: LLM, tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
-    rows = some(8)
+    rows = random_rows(8)
     rows[2] = {"id": "bad", "prompt": "x", "choices": ["a"], "logit_bias": {str(ord("a")): -1e999}}
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "in").write_text(text)
     complete_file(llm, tmp_path / "in", tmp_path / "out", 4, {})
-    found = {row["id"]: row for row in read(tmp_path / "out")}
+    found = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
     assert found["bad"]["finish_reason"] == "error"
     assert "no token may follow" in found["bad"]["error"]
     assert sum("error" in row for row in found.values()) == 1
-    assert found["p1"]["ids"] == alone(llm, rows[1])[1]
+    assert found["p1"]["ids"] == generate_unbatched(llm, rows[1])[1]
 
 
-def test_what_fits(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = [Reader(llm, {"max_tokens": 20}).job(n, {"prompt": "abc"}) for n in (1, 2)]
-    assert rows_that_fit(llm, jobs) == 32
+def test_batch_size_follows_free_memory(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Reader(llm, {"max_tokens": 20}).parse_job(n, {"prompt": "abc"}) for n in (1, 2)]
+    assert choose_batch_size(llm, jobs) == 32
     keys = 2 * oneblock.plan_model(llm.spec, 23, dtype="float32").kv_bytes
     monkeypatch.setattr(batch, "free_memory", lambda device: 2 * 7 * (keys + 16 * 257 + 64 * 3 * 32))
-    assert rows_that_fit(llm, jobs) == 7
+    assert choose_batch_size(llm, jobs) == 7
     monkeypatch.setattr(batch, "free_memory", lambda device: 1)
-    assert rows_that_fit(llm, jobs) == 1
+    assert choose_batch_size(llm, jobs) == 1
 
 
-# ------------------------------------------------------------------ stopping and going on
+# ------------------------------------------------------------------ interruption and resumption
 
 
-def test_a_killed_run_goes_on(folder: Path, llm: LLM, tmp_path: Path) -> None:
+def test_a_killed_run_resumes(folder: Path, llm: LLM, tmp_path: Path) -> None:
     rows: list[Any] = [{"prompt": "x" * (1 + i % 9), "max_tokens": 60, "ignore_eos": True} for i in range(40)]
-    source, target = written(tmp_path / "in", rows), tmp_path / "out"
+    source, target = write_jsonl(tmp_path / "in", rows), tmp_path / "out"
     flags = ["generate", str(folder), "--input", str(source), "--output", str(target), "--batch-size", "2"]
     flags += ["--seed", "7"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -155,21 +155,21 @@ def test_a_killed_run_goes_on(folder: Path, llm: LLM, tmp_path: Path) -> None:
     with target.open("a") as file:
         file.write('{"id": 40, "text": "hal')
     assert cli.main(flags) == 0
-    found = read(target)
+    found = read_jsonl(target)
     assert [json.dumps(row, ensure_ascii=False) for row in found[: len(kept)]] == kept
     assert sorted(row["id"] for row in found) == list(range(1, 41))
     for row in found:
         expected = llm.generate(rows[row["id"] - 1]["prompt"], max_tokens=60, ignore_eos=True, seed=6 + row["id"])
         assert row["ids"] == expected.ids
     before = target.read_bytes()
-    assert cli.main(flags) == 0  # nothing is left to do
+    assert cli.main(flags) == 0  # every prompt is done
     assert target.read_bytes() == before
 
 
-def test_an_interrupt_keeps_what_is_done(
+def test_an_interrupt_keeps_finished_replies(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    source = written(tmp_path / "in", some(12))
+    source = write_jsonl(tmp_path / "in", random_rows(12))
     write, count = Output.write, 0
 
     def interrupted(self: Output, result: Result) -> None:
@@ -185,16 +185,16 @@ def test_an_interrupt_keeps_what_is_done(
     assert "5 of 12 prompts done" in capsys.readouterr().err
     monkeypatch.setattr(Output, "write", write)
     complete_file(llm, source, tmp_path / "out", 3, {})
-    assert "12 of 12 prompts done, 5 of them before" in capsys.readouterr().err
-    assert len({row["id"] for row in read(tmp_path / "out")}) == len(read(tmp_path / "out")) == 12
+    assert "12 of 12 prompts done (5 by earlier runs)" in capsys.readouterr().err
+    assert len({row["id"] for row in read_jsonl(tmp_path / "out")}) == len(read_jsonl(tmp_path / "out")) == 12
 
 
-def test_what_is_in_the_way_is_refused(llm: LLM, tmp_path: Path) -> None:
-    source = written(tmp_path / "in", some(7))
+def test_unsuitable_output_files_are_refused(llm: LLM, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in", random_rows(7))
     out = tmp_path / "out"
     for text, message in (
-        ("nonsense\n", "line 1 is no reply"),
-        ('{"id": "p1", "prompt": "x"}\n', "line 1 is no reply"),
+        ("nonsense\n", "line 1 is not a result"),
+        ('{"id": "p1", "prompt": "x"}\n', "line 1 is not a result"),
         ('{"id": "p1", "finish_reason": "stop"}\n{"id": "other", "finish_reason": "stop"}\n', "no prompt 'other'"),
     ):
         out.write_text(text)
@@ -205,11 +205,11 @@ def test_what_is_in_the_way_is_refused(llm: LLM, tmp_path: Path) -> None:
         complete_file(llm, source, tmp_path / "." / "in", 2, {})
     with pytest.raises(OneblockError, match="No such file"):
         complete_file(llm, source, tmp_path / "no" / "out", 2, {})
-    with pytest.raises(OneblockError, match="batch size is 0"):
+    with pytest.raises(OneblockError, match="batch_size is 0"):
         complete_file(llm, source, out, 0, {})
     out.unlink()
     first = Output(out, set())
-    with pytest.raises(OneblockError, match="another run is writing it"):
+    with pytest.raises(OneblockError, match="another process is writing it"):
         Output(out, set())
     first.close()
 
@@ -217,43 +217,112 @@ def test_what_is_in_the_way_is_refused(llm: LLM, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the input
 
 
-BAD: list[tuple[str, str]] = [
-    ("{", "line 2: Expecting"),
-    ("[1]", "line 2: a line is an object"),
-    ("{}", 'line 2: give either "prompt" or "messages"'),
+MALFORMED: list[tuple[str, str]] = [
+    ("{", "Expecting"),
+    ("[1]", "a line must be an object"),
+    ('{"prompt": "x", "temprature": 1}', "unknown key 'temprature': did you mean temperature"),
+    ('{"prompt": "x", "id": 1.5}', "id is 1.5"),
+    ('{"prompt": "x", "id": 1}', "id 1 is already the id of line 1"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MALFORMED, ids=[b[1][:30] for b in MALFORMED])
+def test_a_malformed_line_is_named_before_anything_runs(llm: LLM, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "in").write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(OneblockError, match=f"^[^\n]*in, line 2: [^\n]*{message}[^\n]*$"):
+        complete_file(llm, tmp_path / "in", tmp_path / "out", 2, {})
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED: list[tuple[str, str]] = [
+    ("{}", 'give either "prompt" or "messages"'),
     ('{"prompt": "x", "messages": []}', 'give either "prompt" or "messages"'),
-    ('{"prompt": 3}', "prompt must be a text or a list of ids"),
+    ('{"prompt": 3}', "the prompt is 3, but it must be text or a list of token ids"),
     ('{"prompt": [1, "a"]}', "token id 'a' is not in the vocabulary"),
     ('{"prompt": [257]}', "token id 257 is not in the vocabulary"),
     ('{"prompt": ""}', "the prompt is empty"),
     ('{"prompt": "' + "x" * 200 + '"}', "the prompt has 200 tokens and the model's context 200"),
     ('{"prompt": "\\ud800"}', "surrogate"),
-    ('{"prompt": "x", "temprature": 1}', "unknown key 'temprature': did you mean temperature"),
     ('{"prompt": "x", "temperature": "hot"}', "temperature is 'hot'"),
+    ('{"prompt": "x", "temperature": NaN}', "temperature is nan"),
+    ('{"prompt": "x", "temperature": 1e308}', "temperature is 1e+308, but it must be at least 0 and at most 1,000,000"),
     ('{"prompt": "x", "max_tokens": 0}', "max_tokens is 0"),
-    ('{"prompt": "x", "max_tokens": "9"}', "max_tokens is .9.: it must be a whole number"),
-    ('{"prompt": "x", "seed": true}', "seed is true"),
-    ('{"prompt": "x", "stop": 3}', "stop must be a text"),
-    ('{"prompt": "x", "stop_ids": ["a"]}', "stop_ids must be"),
-    ('{"prompt": "x", "logit_bias": [1]}', "logit_bias must be"),
+    ('{"prompt": "x", "max_tokens": 1.5}', "max_tokens is 1.5, but it must be an integer"),
+    ('{"prompt": "x", "max_tokens": "9"}', "max_tokens is '9', but it must be an integer"),
+    ('{"prompt": "x", "top_k": 2.5}', "top_k is 2.5, but it must be an integer"),
+    ('{"prompt": "x", "seed": true}', "seed is True"),
+    ('{"prompt": "x", "seed": 9223372036854775808}', "seed is 9223372036854775808"),
+    ('{"prompt": "x", "stop": 3}', "stop is 3, but it must be a string or a list of strings"),
+    ('{"prompt": "x", "stop_ids": ["a"]}', "stop_ids is ['a']"),
+    ('{"prompt": "x", "logit_bias": [1]}', "logit_bias must map token ids to numbers"),
+    ('{"prompt": "x", "logit_bias": {"a": 1}}', "logit_bias for 'a'"),
     ('{"prompt": "x", "logit_bias": {"999": 1}}', "logit_bias for 999"),
+    (
+        '{"prompt": "x", "logit_bias": {"9": 1e308}}',
+        "logit_bias of 9 is 1e+308, but it must be a number of at",
+    ),
     ('{"prompt": "x", "regex": "(a"}', "unclosed group"),
-    ('{"prompt": "x", "id": 1.5}', "id is 1.5"),
-    ('{"prompt": "x", "id": 1}', "id 1 is that of line 1 already"),
     ('{"messages": []}', "messages must be a list"),
     ('{"messages": [{"role": "user", "content": "Hi"}]}', "no chat template"),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD, ids=[b[1][:30] for b in BAD])
-def test_a_bad_line_is_named_before_anything_runs(llm: LLM, tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "in").write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(OneblockError, match=f"^[^\n]*in, line 2: [^\n]*{message.removeprefix('line 2: ')}[^\n]*$"):
-        complete_file(llm, tmp_path / "in", tmp_path / "out", 2, {})
+def test_a_refused_request_is_an_error_row_and_the_others_run(llm: LLM, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    good = '{"prompt": "fine", "max_tokens": 4, "temperature": 0}\n'
+    tiny = '{"prompt": "fine", "max_tokens": 4, "temperature": 1e-300, "top_p": 1e-300}\n'
+    (tmp_path / "in").write_text(good + "".join(line + "\n" for line, _ in REFUSED) + tiny)
+    complete_file(llm, tmp_path / "in", tmp_path / "out", 4, {"seed": 2**63 - 1})
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
+    assert sorted(rows) == list(range(1, len(REFUSED) + 3))
+    for n, (_, message) in enumerate(REFUSED, 2):
+        assert rows[n]["finish_reason"] == "error"
+        assert message in rows[n]["error"]
+        assert "\n" not in rows[n]["error"]
+    assert rows[1]["ids"] == rows[len(REFUSED) + 2]["ids"] == llm.generate("fine", max_tokens=4, temperature=0).ids
+
+
+def test_refused_defaults_end_the_run(llm: LLM, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in", [{"prompt": "x"}])
+    with pytest.raises(OneblockError, match="temperature is -1"):
+        complete_file(llm, source, tmp_path / "out", 2, {"temperature": -1})
     assert not (tmp_path / "out").exists()
 
 
-def test_lines_and_defaults(llm: LLM, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_output_stays_valid(folder: Path, tmp_path: Path) -> None:
+    """A limit on the file size stands for the full disk: the write fails in the middle of a line."""
+    resource = pytest.importorskip("resource")
+    source = write_jsonl(tmp_path / "in", [{"prompt": "x", "max_tokens": 20, "ignore_eos": True} for _ in range(30)])
+    flags = ["generate", str(folder), "--input", str(source), "--output", str(tmp_path / "out"), "--temperature", "0"]
+    limit = 1000
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    command = [sys.executable, "-m", "oneblock", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size, check=False)
+    assert ended.returncode == 1
+    *_, error = ended.stderr.strip().split("\n")
+    assert "File too large" in error
+    assert "run the same command again: finished replies are kept" in error
+    assert "Traceback" not in ended.stderr
+    text = (tmp_path / "out").read_text()
+    assert text.endswith("\n")
+    assert 0 < len(text) <= limit
+    before = read_jsonl(tmp_path / "out")
+    assert cli.main(flags) == 0
+    after = read_jsonl(tmp_path / "out")
+    assert after[: len(before)] == before
+    assert sorted(row["id"] for row in after) == list(range(1, 31))
+
+
+def test_options_of_one_prompt_are_refused_with_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--prompt-cache", "x"], ["--num-speculative-tokens", "4"]):
+        assert cli.main(["generate", str(folder), "--input", "in", "--output", "out", *flags]) == 1
+        assert "apply to one prompt: leave them out with --input" in capsys.readouterr().err
+
+
+def test_options_of_lines_override_defaults(llm: LLM, tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
     (tmp_path / "in").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b", "seed": 1, "regex": "z{3}"}\n')
     jobs = Reader(llm, {"seed": 5, "max_tokens": 4, "choices": ("yes", "no"), "temperature": None}).read(
@@ -269,19 +338,19 @@ def test_lines_and_defaults(llm: LLM, tmp_path: Path) -> None:
         Reader(llm, {}).read(tmp_path / "none")
 
 
-def test_conversations(llm: LLM) -> None:
-    said = [{"role": "user", "content": "Hi"}]
+def test_messages_use_the_chat_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
     tokenizer = byte_level()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
-    found = Reader(LLM(llm.model, tokenizer), {}).job(1, {"messages": said})
+    found = Reader(LLM(llm.model, tokenizer), {}).parse_job(1, {"messages": messages})
     assert found.prompt == list(b"Hi:")
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = written(tmp_path / "in", [{"prompt": "x"}, {"prompt": "yy", "max_tokens": 3}])
+    source = write_jsonl(tmp_path / "in", [{"prompt": "x"}, {"prompt": "yy", "max_tokens": 3}])
     base = ["generate", str(folder), "--input", str(source)]
     assert cli.main([*base, "--output", str(tmp_path / "out"), "--max-tokens", "5", "--ignore-eos"]) == 0
-    assert sorted(len(row["ids"]) for row in read(tmp_path / "out")) == [3, 5]
+    assert sorted(len(row["ids"]) for row in read_jsonl(tmp_path / "out")) == [3, 5]
     assert "2 of 2 prompts done" in capsys.readouterr().err
     for flags in ([], ["--output", "x", "--prompt", "y"]):
         assert cli.main([*base, *flags]) == 1

@@ -1,4 +1,4 @@
-"""Guessing changes how many passes there are, never what is written."""
+"""Speculative decoding: fewer forward passes, the same output distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from oneblock.model import Decoder, init_weights
 from oneblock.spec import get_spec
 
 
-def writer(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
+def random_llm(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
     model = Decoder(get_spec(family, **{"vocab": 24, "dim": 32, "n_layers": 2, "n_heads": 2, "context": 256, **sizes}))
     init_weights(model, seed)
     with torch.no_grad():
@@ -26,37 +26,38 @@ def writer(family: str = "llama", seed: int = 0, **sizes: int) -> LLM:
     return LLM(model.eval())
 
 
-def test_the_text_guesses_what_it_repeats() -> None:
-    lookup = NgramDrafter()
-    assert lookup.propose([1, 2, 3], 4) == DraftTokens([])
-    assert lookup.propose([1, 2, 3, 9, 1, 2, 3], 2) == DraftTokens([9, 1])
-    assert lookup.propose([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == DraftTokens([7, 2, 3])  # what followed last
-    assert lookup.propose([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == DraftTokens([])
+def test_ngram_drafter_proposes_the_latest_continuation() -> None:
+    drafter = NgramDrafter()
+    assert drafter.propose([1, 2, 3], 4) == DraftTokens([])
+    assert drafter.propose([1, 2, 3, 9, 1, 2, 3], 2) == DraftTokens([9, 1])
+    assert drafter.propose([1, 2, 3, 9, 1, 2, 3, 7, 2, 3], 3) == DraftTokens([7, 2, 3])  # the latest occurrence
+    assert drafter.propose([1, 2, 3, 9, 1, 2, 3, 7, 2, 3, 5, 5], 3) == DraftTokens([])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("by", ["text", "draft", "itself"])
-def test_greedy_replies_are_the_same(family: str, by: str) -> None:
-    """Past a window, with stop ids, penalties and log-probabilities."""
-    llm = writer(family, **({"window": 16} if family == "gemma3" else {}))
+@pytest.mark.parametrize("drafter", ["ngram", "draft model", "the model itself"])
+def test_greedy_replies_are_unchanged(family: str, drafter: str) -> None:
+    """Beyond a sliding window, with stop ids, penalties and logprobs."""
+    llm = random_llm(family, **({"window": 16} if family == "gemma3" else {}))
     prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
     for how in ({}, {"stop_ids": [5]}, {"repetition_penalty": 1.3, "top_logprobs": 2}):
         asked = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, **how}
         llm.set_speculative_decoding(0)
         plain = llm.generate(prompt, **asked)
-        llm.set_speculative_decoding(5, None if by == "text" else llm if by == "itself" else writer(family, 1))
+        draft_model = {"ngram": None, "draft model": random_llm(family, 1), "the model itself": llm}[drafter]
+        llm.set_speculative_decoding(5, draft_model)
         found = llm.generate(prompt, **asked)
         assert found.ids == plain.ids
         assert found.finish_reason == plain.finish_reason
         assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
-        if by == "itself" and not how and family != "gemma3":
-            assert llm.speculative_stats.kept == llm.speculative_stats.guessed > 90
-        assert family == "gemma3" or llm.speculative_stats.guessed > 0
+        if drafter == "the model itself" and not how and family != "gemma3":
+            assert llm.speculative_stats.accepted == llm.speculative_stats.drafted > 90
+        assert family == "gemma3" or llm.speculative_stats.drafted > 0
 
 
-def test_guesses_leave_nothing_in_the_cache(tmp_path: Path) -> None:
-    """A reply that ends amid guesses: what is kept on disk, and a conversation's cache, hold what was written alone."""
-    llm, how = writer(), {"temperature": 0, "ignore_eos": True}
+def test_rejected_tokens_leave_the_cache(tmp_path: Path) -> None:
+    """A reply that ends amid draft tokens: the prompt cache on disk holds prompt and reply only."""
+    llm, how = random_llm(), {"temperature": 0, "ignore_eos": True}
     prompt = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
     plain = llm.generate(prompt, max_tokens=40, **how).ids
     llm.prompt_cache = tmp_path / "kept"
@@ -70,20 +71,20 @@ def test_guesses_leave_nothing_in_the_cache(tmp_path: Path) -> None:
         assert len(kept) >= len(prompt) + n - 7
 
 
-def test_a_conversation_guesses_too(data: Path) -> None:
+def test_conversations_use_speculative_decoding(data: Path) -> None:
     said = []
     for guesses in (0, 4):
         llm = load(data / "weights" / "stories260k")
         llm.set_speculative_decoding(guesses)
-        talk = Conversation(llm, llm.request(max_tokens=40, temperature=0.0))
-        said.append(["".join(talk.say(line)) for line in ("Once upon a time", "Then they played and played")])
-        assert (llm.speculative_stats.guessed > 0) == (guesses > 0)
+        talk = Conversation(llm, llm.build_request(max_tokens=40, temperature=0.0))
+        said.append(["".join(talk.stream_reply(line)) for line in ("Once upon a time", "Then they played and played")])
+        assert (llm.speculative_stats.drafted > 0) == (guesses > 0)
     assert said[0] == said[1]
 
 
-def test_what_is_written_has_the_models_distribution() -> None:
-    """Chi-square over the first two tokens of many replies, by a poor draft and by the text."""
-    llm, draft = writer(vocab=8), writer(vocab=8, seed=3)
+def test_samples_match_the_models_distribution() -> None:
+    """Chi-square over the first two tokens of many replies, with a poor draft model and with n-grams."""
+    llm, draft = random_llm(vocab=8), random_llm(vocab=8, seed=3)
     prompt = [1, 2, 3, 1, 2]
     with torch.no_grad():
         first = llm.model(torch.tensor([prompt]))[0, -1].softmax(-1)
@@ -96,7 +97,7 @@ def test_what_is_written_has_the_models_distribution() -> None:
         for seed in range(runs):
             a, b = llm.generate(prompt, max_tokens=2, temperature=1, seed=seed, ignore_eos=True).ids
             counts[a * 8 + b] += 1
-        assert llm.speculative_stats.guessed > 0
+        assert llm.speculative_stats.drafted > 0
         common = expected * runs >= 5
         rare = torch.stack([counts[~common].sum(), expected[~common].sum() * runs])
         found, wanted = torch.cat([counts[common], rare[:1]]), torch.cat([expected[common] * runs, rare[1:]])
@@ -105,7 +106,7 @@ def test_what_is_written_has_the_models_distribution() -> None:
         assert chi < free + 4 * (2 * free) ** 0.5, (chi, free)  # four standard deviations of chi-square
 
 
-def test_one_place_is_drawn_from_p_whatever_was_guessed() -> None:
+def test_rejection_sampling_draws_from_the_target_distribution() -> None:
     torch.manual_seed(0)
     p, q = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     generator, n = torch.Generator().manual_seed(0), 20_000
@@ -116,12 +117,12 @@ def test_one_place_is_drawn_from_p_whatever_was_guessed() -> None:
     torch.testing.assert_close(sure, p, atol=0.012, rtol=0)
 
 
-def test_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(OneblockError, match="the draft model has 30 words and the model 24"):
-        writer().set_speculative_decoding(3, writer(vocab=30))
+def test_draft_models_of_another_vocabulary_are_refused() -> None:
+    with pytest.raises(OneblockError, match="the draft model's vocabulary has 30 tokens and the model's 24"):
+        random_llm().set_speculative_decoding(3, random_llm(vocab=30))
 
 
-def test_the_command_tells_how_many_were_kept(data, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_acceptance_rate(data, capsys: pytest.CaptureFixture[str]) -> None:
     stories = str(data / "weights" / "stories260k")
     argv = ["generate", stories, "--prompt", "Once upon a time", "--max-tokens", "60", "--temperature", "0"]
     assert main(argv) == 0
@@ -129,6 +130,6 @@ def test_the_command_tells_how_many_were_kept(data, capsys: pytest.CaptureFixtur
     assert main([*argv, "--num-speculative-tokens", "4", "--draft-model", stories]) == 0
     out, err = capsys.readouterr()
     assert out == plain
-    assert "guessed tokens kept (100%)" in err
+    assert "draft tokens accepted (100%)" in err
     assert main([*argv, "--draft-model", stories]) == 1
     assert "--draft-model has no effect without --num-speculative-tokens" in capsys.readouterr().err

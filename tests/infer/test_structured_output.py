@@ -15,7 +15,8 @@ import torch
 import oneblock
 from oneblock import OneblockError, cli
 from oneblock.infer.llm import LLM
-from oneblock.infer.sample import SamplingParams, sample_tokens
+from oneblock.infer.options import SamplingParams
+from oneblock.infer.sample import sample_tokens
 from oneblock.infer.structured_output import CompiledGrammar, GrammarMatchers, StructuredOutput, Vocabulary
 from oneblock.model import Decoder, init_weights
 from oneblock.text import Tokenizer
@@ -56,7 +57,7 @@ def llm() -> LLM:
     """One id for each byte, and one that ends a text; nearly every next byte as likely as any other."""
     model = Decoder(oneblock.get_spec("llama", vocab=257, context=300, dim=32, n_layers=2, n_heads=2, hidden_dim=48))
     init_weights(model, 1)
-    return LLM(model, byte_level(), generation={"eos_token_id": END})
+    return LLM(model, byte_level(), generation_config={"eos_token_id": END})
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +370,7 @@ def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
     other = Decoder(oneblock.get_spec("llama", vocab=257, context=300, dim=32, n_layers=1, n_heads=2, hidden_dim=48))
     init_weights(other, 2)
     drafts = {"text": None, "itself": LLM(llm.model), "another": LLM(other)}
-    guessing = LLM(llm.model, llm.tokenizer, generation=llm.generation)
+    guessing = LLM(llm.model, llm.tokenizer, generation_config=llm.generation_config)
     guessing.set_speculative_decoding(4, drafts[by])
     for shape in ({"schema": PERSON}, *({"regex": regex} for regex in REGEXES), {"choices": CHOICES}, {"grammar": SUM}):
         how = {"max_tokens": 200, **shape}
@@ -381,4 +382,4 @@ def test_guesses_keep_to_a_form_too(llm: LLM, by: str) -> None:
                 drawn = guessing.generate("aaaa ", seed=seed, **how)
                 assert drawn.finish_reason == "stop"
                 assert re.fullmatch(str(shape["regex"]), drawn.text or "")
-    assert guessing.speculative_stats.kept <= guessing.speculative_stats.guessed
+    assert guessing.speculative_stats.accepted <= guessing.speculative_stats.drafted

@@ -73,10 +73,10 @@ def test_auto_compiles_where_many_tokens_are_to_come() -> None:
     assert not pays(llama, 256, cpu)
     assert pays(llama, 100_000, cpu)
     llm = writer("llama")
-    assert llm.compiled(256) is None
-    assert isinstance(llm.compiled(10**6), Compiled)
+    assert llm.compile_step(256) is None
+    assert isinstance(llm.compile_step(10**6), Compiled)
     llm.compile = "off"
-    assert llm.compiled(10**6) is None
+    assert llm.compile_step(10**6) is None
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_a_folder_says_what_was_saved(family: str, bits: QuantConfig, tmp_path: 
     assert any(isinstance(m, Float8Linear if bits.fp8 else QuantizedLinear) for m in model.modules())
     assert (family in ("mixtral", "gpt_oss")) == any(isinstance(m, QuantizedExperts) for m in model.modules())
     assert (found - exact).norm() / exact.norm() < (0.5 if bits.bits == 4 else 0.15 if bits.fp8 else 0.05)
-    LLM(model, generation={"temperature": 0.5}).save(tmp_path / "coded")
+    LLM(model, generation_config={"temperature": 0.5}).save(tmp_path / "coded")
     back = oneblock.load(tmp_path / "coded")
     assert back.generation == {"temperature": 0.5}
     with torch.no_grad():

@@ -396,13 +396,13 @@ def derive_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...
     """One seed per prompt: seed, seed + 1, ..; those of a list as they are; none without a seed."""
     if seed is None:
         return ()
-    if not isinstance(seed, list | tuple):
-        check_range("seed", seed, SEED, int)
-        return tuple((seed + i) % 2**63 for i in range(batch))
-    check_range("seed", seed, SEED, tuple[int, ...])
-    if len(seed) != batch:
-        raise OneblockError(f"seed has {len(seed)} values for {batch} prompts: give one integer, or one per prompt")
-    return tuple(seed)
+    if isinstance(seed, Sequence):
+        check_range("seed", tuple(seed), SEED, tuple[int, ...])
+        if len(seed) != batch:
+            raise OneblockError(f"seed has {len(seed)} values for {batch} prompts: give one integer, or one per prompt")
+        return tuple(seed)
+    check_range("seed", seed, SEED, int)
+    return tuple((seed + i) % 2**63 for i in range(batch))
 
 
 # ------------------------------------------------------------------ loading
