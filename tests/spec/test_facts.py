@@ -31,7 +31,7 @@ def test_numbers(name: str, facts: dict[str, dict[str, Any]]):
     assert numbers(built) == {
         "params_total": fact.get("params_text", fact["params_total"]),
         "params_active": fact.get("params_active_text", fact.get("params_text", fact["params_active"])),
-        "hidden_dim": fact["hidden"],
+        "dim": fact["hidden"],
         "layers": fact["layers"],
         "vocab": fact["vocab"],
         "max_ctx": fact["max_ctx"],
@@ -41,7 +41,7 @@ def test_numbers(name: str, facts: dict[str, dict[str, Any]]):
     attn = built.pattern[0].attn
     if fact["name"] not in ODD_HEADS:
         assert (attn.n_heads, attn.n_kv_heads, attn.head_dim) == (fact["q_heads"], fact["kv_heads"], fact["head_dim"])
-    if MODELS[name].family != "gpt3":  # its band was never published
+    if MODELS[name].family != "gpt3":  # its window was never published
         windows = {x.attn.window for x in built.layers} - {None}
         assert windows == ({fact["sliding_window"]} if fact["sliding_window"] else set())
     assert {x.attn.rope.theta for x in built.layers if x.attn.rope} == thetas(fact["rope_parameters"])
@@ -51,7 +51,7 @@ def numbers(built: Spec) -> dict[str, Any]:
     return {
         "params_total": params.total(built),
         "params_active": params.total(built, active=True),
-        "hidden_dim": built.dim,
+        "dim": built.dim,
         "layers": built.n_layers,
         "vocab": built.vocab,
         "max_ctx": built.context,

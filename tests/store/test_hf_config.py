@@ -237,7 +237,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({**LLAMA, "rms_norm_eps": None}, "rms_norm_eps is None, not a number"),
     ({**LLAMA, "attention_bias": 1}, "attention_bias is 1, neither true nor false"),
-    ({**LLAMA, "num_attention_heads": 5}, "cannot be split over 5 heads"),
+    ({**LLAMA, "num_attention_heads": 5}, "dim 64 is not divisible by n_heads=5"),
     ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
     ({**LLAMA, "per_layer_config": {"0": {}}}, "per_layer_config is not supported"),
     ({"model_type": "opt", "word_embed_proj_dim": 512}, "word_embed_proj_dim 512 is not supported, only 768"),

@@ -79,7 +79,7 @@ def test_an_architecture_that_no_class_has(tmp_path: Path) -> None:
 
 
 def test_gpt3_is_saved_in_our_own_form(tmp_path: Path) -> None:
-    model = random_model(FAMILIES["gpt3"](n_layers=4, band=8))
+    model = random_model(FAMILIES["gpt3"](n_layers=4, window=8))
     save_model(tmp_path / "m", model, max_shard_size=50_000)
     assert torch.equal(load_model(tmp_path / "m").model(torch.arange(30)[None]), model(torch.arange(30)[None]))
 

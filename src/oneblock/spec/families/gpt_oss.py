@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from oneblock.spec.build import Row, fold, heads, row, spread, yarn_attention_factor
-from oneblock.spec.parts import Attention, Layer, Mlp, Moe, Norm, Rope, Spec, Yarn
+from oneblock.spec.build import Sizes, family, model, yarn_attention_factor
+from oneblock.spec.parts import Layer, Moe, Norm, Rope, Spec, Yarn
 
 YARN = Rope(150_000.0, scaling=Yarn(32.0, 4096, truncate=False, attention_factor=yarn_attention_factor(32.0)))
 
 
+@family(n_kv_heads=2, hidden_dim=64, act="quick_gelu")
 def gpt_oss(
-    *,
-    vocab: int = 256,
-    dim: int = 64,
-    n_layers: int = 2,
-    n_heads: int = 4,
-    n_kv_heads: int | None = 2,
-    head_dim: int | None = None,
-    hidden_dim: int = 64,  # of one expert
+    sizes: Sizes,  # hidden_dim: of one expert
     n_experts: int = 4,
     top_k: int = 2,
-    context: int = 256,
-    norm_eps: float = 1e-5,
-    act: str = "quick_gelu",
     clamp: float | None = 7.0,
     rope: Rope = YARN,
     window: int | None = 64,
     sliding: tuple[bool, ...] = (True, False),
     attention_bias: bool = True,
-    tied: bool = False,
 ) -> Spec:
-    """arXiv:2508.10925: attention sinks, a window in every second layer, experts with biases and a clamped SwiGLU."""
-    bias = (attention_bias, attention_bias)
-    full = Attention(*heads(dim, n_heads, n_kv_heads, head_dim), rope, bias=bias, sinks=True)
+    """arXiv:2508.10925: attention sinks, alternating sliding windows, experts with biases and a clamped SwiGLU."""
+    full = sizes.attention(rope, attention_bias, sinks=True)
     local = replace(full, window=window)
-    moe = Moe(n_experts, top_k, Mlp(hidden_dim, act, bias=True, clamp=clamp, up_offset=1.0), router_bias=True)
-    return Spec(
-        vocab,
-        dim,
-        n_layers,
-        pattern=fold(Layer(local if slides else full, moe) for slides in spread(sliding, n_layers)),
-        context=context,
-        norm=Norm(eps=norm_eps, scale_in_fp32=True),
-        tied=tied,
-    )
+    moe = Moe(n_experts, top_k, sizes.gated_mlp(bias=True, clamp=clamp, up_offset=1.0), router_bias=True)
+    layers = (Layer(local if slides else full, moe) for slides in sliding)
+    return sizes.decoder(*layers, norm=Norm(eps=sizes.norm_eps, scale_in_fp32=True))
 
 
-def _gpt_oss(title: str, n_layers: int, n_experts: int) -> Row:
-    sizes = {"dim": 2880, "n_layers": n_layers, "n_heads": 64, "n_kv_heads": 8, "head_dim": 64, "hidden_dim": 2880}
-    rest = {"n_experts": n_experts, "top_k": 4, "context": 131072, "window": 128}
-    return row(title, "gpt_oss", vocab=201088, **sizes, **rest)
+_gpt_oss = partial(model, "gpt_oss", head_dim=64, top_k=4, window=128)
 
-
-SIZES: dict[str, Row] = {
-    "gpt-oss-20b": _gpt_oss("gpt-oss-20b", 24, 32),
-    "gpt-oss-120b": _gpt_oss("gpt-oss-120b", 36, 128),
-}
+MODELS = (  # name, title, then vocabulary, dim, layers, heads, KV heads, expert size, context
+    _gpt_oss("gpt-oss-20b", "gpt-oss-20b", 201088, 2880, 24, 64, 8, 2880, 131072, n_experts=32),
+    _gpt_oss("gpt-oss-120b", "gpt-oss-120b", 201088, 2880, 36, 64, 8, 2880, 131072, n_experts=128),
+)
