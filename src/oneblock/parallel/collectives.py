@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Op = Callable[[Tensor], Tensor]
+Group = dist.ProcessGroup | None  # None: all ranks
 
 
 class Collective(torch.autograd.Function):
@@ -26,36 +27,36 @@ class Collective(torch.autograd.Function):
         return ctx.adjoint(grads[0]), None, None
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """Concatenate every rank's x along `dim`; the gradient is reduce-scattered."""
     return Collective.apply(x, partial(_all_gather, group, dim), partial(_reduce_scatter, group, dim))
 
 
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return this rank's chunk along `dim` of the sum over ranks; the gradient is all-gathered."""
     return Collective.apply(x, partial(_reduce_scatter, group, dim), partial(_all_gather, group, dim))
 
 
-def _all_gather(group: dist.ProcessGroup, dim: int, x: Tensor) -> Tensor:
+def _all_gather(group: Group, dim: int, x: Tensor) -> Tensor:
     chunks = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(chunks, x.contiguous(), group=group)
     return torch.cat(chunks, dim)
 
 
-def _reduce_scatter(group: dist.ProcessGroup, dim: int, x: Tensor) -> Tensor:
+def _reduce_scatter(group: Group, dim: int, x: Tensor) -> Tensor:
     chunks = [chunk.contiguous() for chunk in x.chunk(dist.get_world_size(group), dim)]
     out = torch.empty_like(chunks[0])
     dist.reduce_scatter(out, chunks, group=group)
     return out
 
 
-def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group: Group) -> Tensor:
     """Send `send_counts[r]` rows of x (N, ..) to each rank r and receive `recv_counts[r]` from it; gradients return."""
     op = partial(_all_to_all, group, send_counts, recv_counts)
     return Collective.apply(x, op, partial(_all_to_all, group, recv_counts, send_counts))
 
 
-def _all_to_all(group: dist.ProcessGroup, send_counts: list[int], recv_counts: list[int], x: Tensor) -> Tensor:
+def _all_to_all(group: Group, send_counts: list[int], recv_counts: list[int], x: Tensor) -> Tensor:
     out = x.new_empty(sum(recv_counts), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), recv_counts, send_counts, group=group)
     return out

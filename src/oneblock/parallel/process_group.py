@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def init_process_group(device: str) -> Iterator[ProcessGroup]:
         ) from e
 
 
-def _connect(device: str) -> tuple[dist.Store, ProcessGroup]:
+def _connect(device: str) -> tuple[Any, ProcessGroup]:
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -71,7 +72,7 @@ def _connect(device: str) -> tuple[dist.Store, ProcessGroup]:
     return store, ranks
 
 
-def _store_barrier(store: dist.Store, name: str, ranks: ProcessGroup) -> None:
+def _store_barrier(store: Any, name: str, ranks: ProcessGroup) -> None:
     """Wait until all ranks arrive. Rank 0, which may host the store, returns last."""
     for step, waits in (("arrived", True), ("left", ranks.rank == 0)):
         key = f"oneblock/{name}/{step}"

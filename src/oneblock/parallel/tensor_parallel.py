@@ -12,9 +12,8 @@ training   weights are DTensors over the tp mesh, as checkpoints, FSDP and gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,9 @@ from oneblock import spec as s
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder
 from oneblock.model.attention import Attention
+from oneblock.model.decoder import Block
 from oneblock.model.mlp import Experts, Mlp, Moe
-from oneblock.parallel.collectives import all_gather, reduce_scatter
+from oneblock.parallel.collectives import Group, Op, all_gather, reduce_scatter
 from oneblock.parallel.process_group import ProcessGroup
 from oneblock.quant.formats import TILE
 from oneblock.quant.linear import Float8Linear, QuantizedLinear
@@ -45,7 +45,10 @@ MOST_SUGGESTED = 64  # the largest tp that an error suggests
 class RowParallelLinear(nn.Module):
     """A linear layer with split input features: partial outputs are summed over ranks, then the bias is added."""
 
-    def __init__(self, linear: nn.Module, reduce: Callable[[Tensor], Tensor]):
+    bias: Tensor | None
+    reduce: Op
+
+    def __init__(self, linear: nn.Module, reduce: Op):
         super().__init__()
         if isinstance(linear, nn.Linear):
             self.weight = linear.weight  # listed here first, so that its name stays `wo.weight`
@@ -60,7 +63,9 @@ class RowParallelLinear(nn.Module):
 class AllReduceOutput(nn.Module):
     """A module whose outputs are partial sums: they are summed over ranks."""
 
-    def __init__(self, module: nn.Module, reduce: Callable[[Tensor], Tensor]):
+    reduce: Op
+
+    def __init__(self, module: nn.Module, reduce: Op):
         super().__init__()
         self.module, self.reduce = module, reduce
 
@@ -91,29 +96,32 @@ class TensorParallel:
     def __init__(self, ranks: ProcessGroup, mesh: DeviceMesh | None = None):
         self.ranks, self.mesh = ranks, mesh
         self.reduce = partial(all_reduce, ranks.group)
-        if mesh is not None:
-            self.reduce = partial(reduce_scatter, group=ranks.group, dim=1)
+        if mesh is not None:  # a compiled graph breaks at these collectives, which cannot be traced
+            self.reduce = cast(Op, torch.compiler.disable(partial(reduce_scatter, group=ranks.group, dim=1)))
 
     def shard_decoder(self, model: Decoder) -> None:
         """Give every block this rank's slice of its weights, copied. Before `optimize_for_cpu`."""
         check_divisibility(model.spec, self.ranks.size, training=self.mesh is not None)
         for block in model.blocks:
+            assert isinstance(block, Block)
             self.shard_attention(block.attn)
             if isinstance(block.mlp, Moe):
                 self.shard_moe(block.mlp)
-                block.mlp = AllReduceOutput(block.mlp, self.reduce)
+                block.mlp = AllReduceOutput(block.mlp, self.reduce)  # type: ignore[assignment]
             else:
                 self.shard_mlp(block.mlp)
             if self.mesh is not None:
                 for sublayer in (block.attn, block.mlp):
-                    sublayer.register_forward_pre_hook(self.gather_sequence)
+                    sublayer.register_forward_pre_hook(cast(Any, torch.compiler.disable(self.gather_sequence)))
         if self.mesh is not None:
             model.blocks[0].register_forward_pre_hook(self.split_sequence)
 
     def gather_sequence(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """All-gather a sublayer's input (B, T / tp, dim) to (B, T, dim)."""
-        assert self.ranks.group is not None
-        return all_gather(args[0], self.ranks.group, 1), *args[1:]
+        """All-gather a sublayer's input (B, T / tp, dim) to (B, T, dim), in autocast's dtype."""
+        x, device = args[0], args[0].device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return all_gather(x, self.ranks.group, 1), *args[1:]
 
     def split_sequence(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Take this rank's chunk (B, T / tp, dim) of the embeddings (B, T, dim)."""
@@ -164,7 +172,7 @@ class TensorParallel:
         return slice(start, start + max(n // self.ranks.size, 1))
 
 
-def all_reduce(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
+def all_reduce(group: Group, x: Tensor) -> Tensor:
     dist.all_reduce(x, group=group)
     return x
 
