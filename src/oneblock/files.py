@@ -95,6 +95,16 @@ def refuse_same_folder(out: str | Path, source: str | Path) -> None:
         raise OneblockError(f"{out}: is the input, which would be overwritten; choose another output path")
 
 
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, without a byte-order mark; OneblockError where it cannot be read."""
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise OneblockError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise OneblockError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
 def fsync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

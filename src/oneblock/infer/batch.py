@@ -22,7 +22,7 @@ from torch import Tensor
 
 from oneblock.config import check_range, nearest
 from oneblock.errors import OneblockError
-from oneblock.files import report_write_errors
+from oneblock.files import read_text, report_write_errors
 from oneblock.infer.cache import item_bytes
 from oneblock.infer.generate import NAN_LOGITS, Request, Sequences, check_request, remaining_tokens
 from oneblock.infer.llm import LLM, OPTIONS
@@ -169,7 +169,7 @@ class Reader:
     def read(self, path: Path) -> list[Job]:
         """All jobs. OneblockError with the number of the first line that is no job at all."""
         jobs: dict[Id, Job] = {}
-        for n, line in enumerate(read_lines(path), 1):
+        for n, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -227,15 +227,6 @@ class Reader:
         if key not in self._grammars:
             self._grammars[key] = self.llm.build_request(**structured).grammar
         return replace(self.llm.build_request(**options), grammar=self._grammars[key])
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8-sig").split("\n")
-    except OSError as error:
-        raise OneblockError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise OneblockError(f"{path} is not UTF-8 (byte {error.start})") from None
 
 
 # ------------------------------------------------------------------ the output

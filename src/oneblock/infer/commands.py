@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from oneblock.config import SEED, Range
 from oneblock.errors import OneblockError
-from oneblock.files import write_file
+from oneblock.files import read_text, write_file
 from oneblock.infer.options import (
     BATCH_SIZE,
     CONTEXT,
@@ -137,15 +137,6 @@ class ChatOptions:
     max_tokens: Annotated[int, MAX_TOKENS] = 1024  # length limit of one reply
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
     speculative_decoding: SpeculativeFlags = field(default_factory=SpeculativeFlags)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise OneblockError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise OneblockError(f"{path} is not UTF-8 text") from None
 
 
 def load_llm(loading: LoadingFlags, speculative: SpeculativeFlags, ranks: ProcessGroup | None = None) -> LLM:

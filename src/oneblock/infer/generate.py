@@ -23,9 +23,10 @@ from oneblock.errors import OneblockError
 from oneblock.infer.cache import KVCache
 from oneblock.infer.options import MAX_TOKENS, SamplingParams
 from oneblock.infer.sample import Sampler, compute_logprobs, compute_top_logprobs
-from oneblock.infer.stop import Detokenizer, FinishReason, Reply
+from oneblock.infer.stop import FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar
 from oneblock.model import Decoder
+from oneblock.text.stream import Detokenizer
 
 if TYPE_CHECKING:
     from oneblock.kernels.compiled_step import Compiled

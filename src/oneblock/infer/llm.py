@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, Unpack, overload
 
 import torch
 
@@ -32,7 +32,7 @@ from oneblock.infer.speculate import (
     check_vocabularies,
     generate_speculatively,
 )
-from oneblock.infer.stop import DETOKENIZER_CONTEXT, Detokenizer, FinishReason
+from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput, StructuredOutputOptions
 from oneblock.kernels.compiler import compiler_found
 from oneblock.kernels.cpu_modules import optimize_for_cpu
@@ -46,6 +46,7 @@ from oneblock.store.load import Checkpoint
 from oneblock.store.name_tables import Layout
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
+from oneblock.text.stream import Detokenizer
 
 if TYPE_CHECKING:
     from oneblock.kernels.compiled_step import Compiled
@@ -69,6 +70,7 @@ class Options(SamplingOptions, StructuredOutputOptions, total=False):
 
 
 OPTIONS = frozenset(Options.__annotations__)
+CHOICES = {"compile": ("auto", "on", "off"), "kv_cache_dtype": ("auto", "int8")}  # settings of an LLM
 
 
 @dataclass(frozen=True)
@@ -86,32 +88,11 @@ class Completion:
         return str(self.ids) if self.text is None else self.text
 
 
-class Choice:
-    """An attribute that takes one of several strings; the first is the default."""
-
-    def __init__(self, *choices: str):
-        self.choices = choices
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: object, owner: type | None = None) -> str:
-        return vars(instance).get(self.name, self.choices[0])
-
-    def __set__(self, instance: object, value: str) -> None:
-        if value not in self.choices:
-            raise OneblockError(f"{self.name} is {value!r}, but it must be {' or '.join(self.choices)}")
-        vars(instance)[self.name] = value
-
-
 class LLM:
     """A model and its tokenizer, with the defaults of its folder's `generation_config.json`.
 
     Calls may come from several threads: each has its own state, and forward passes take turns.
     """
-
-    compile = Choice("auto", "on", "off")  # torch.compile of the decode step; auto: where enough tokens follow
-    kv_cache_dtype = Choice("auto", "int8")  # auto: the model's dtype; int8: half the memory of bf16
 
     def __init__(
         self,
@@ -126,7 +107,9 @@ class LLM:
         self._layout = layout  # tensor names and shards of the folder, for `save`
         self._compiled: Compiled | None = None
         self._tokens_seen, self._in_huge_pages = 0.0, False
-        self._prompt_cache: Path | None = None
+        self.compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decode step; auto: if it pays off
+        self.kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: the model's dtype; int8: half the memory of bf16
+        self.prompt_cache: str | Path | None = None  # a file that keeps the KV cache of single prompts between runs
         self.num_speculative_tokens = 0
         self.draft_model: LLM | None = None
         self.speculative_stats = SpeculativeStats()  # since speculative decoding was configured
@@ -155,14 +138,13 @@ class LLM:
 
     # ------------------------------------------------------------------ settings
 
-    @property
-    def prompt_cache(self) -> Path | None:
-        """A file that keeps keys and values of single prompts between runs."""
-        return self._prompt_cache
-
-    @prompt_cache.setter
-    def prompt_cache(self, path: str | Path | None) -> None:
-        self._prompt_cache = None if path is None else check_prompt_cache_path(path)
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute; settings are checked."""
+        if name in CHOICES and value not in CHOICES[name]:
+            raise OneblockError(f"{name} is {value!r}, but it must be {' or '.join(CHOICES[name])}")
+        if name == "prompt_cache" and value is not None:
+            check_prompt_cache_path(value)
+        super().__setattr__(name, value)
 
     def set_speculative_decoding(self, num_speculative_tokens: int, draft_model: LLM | None = None) -> None:
         """Draft this many tokens per step for single prompts: by a smaller model, or by n-grams of the sequence.
@@ -343,7 +325,7 @@ class LLM:
             outputs = generate_speculatively(sequences, request, detokenizers[0], drafter, n, stats)
         if len(sequences.rows) > 1 or self.prompt_cache is None:
             return outputs
-        return self._with_prompt_cache(self.prompt_cache, sequences, outputs)
+        return self._with_prompt_cache(Path(self.prompt_cache), sequences, outputs)
 
     def _with_prompt_cache(
         self, path: Path, sequences: Sequences, outputs: Iterator[TokenOutput]

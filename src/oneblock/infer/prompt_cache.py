@@ -64,10 +64,9 @@ def load_prompt_cache(path: Path, sequences: Sequences) -> int:
     return sequences.cache.length
 
 
-def check_prompt_cache_path(path: object) -> Path:
-    """The path of a prompt cache given as str or Path; OneblockError for other types and for folders."""
+def check_prompt_cache_path(path: object) -> None:
+    """Raise OneblockError unless the path is a str or Path and not a folder."""
     if not isinstance(path, str | Path):
         raise OneblockError(f"prompt_cache is {path!r}, but it must be the path of a file")
     if Path(path).is_dir():
         raise OneblockError(f"{path}: is a folder; name a file in it for the prompt cache")
-    return Path(path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,9 +29,9 @@ from oneblock.infer.generate import (
 )
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import TokenCounts, compute_probabilities, draw_tokens, process_logits
-from oneblock.infer.stop import Detokenizer, Reply
-from oneblock.infer.structured_output import GrammarMatchers
+from oneblock.infer.stop import Reply
 from oneblock.model import Decoder
+from oneblock.text.stream import Detokenizer
 
 MAX_NGRAM, MIN_NGRAM = 4, 2
 
@@ -144,18 +144,16 @@ def rejection_sample(p: Tensor, id: int, q: Tensor | None, generator: torch.Gene
     return draw_token(residual if residual.sum() > 0 else p, generator), False
 
 
-@dataclass
 class SpeculativeDecoder:
     """One sequence, its drafter and its sampling state."""
 
-    sequences: Sequences
-    request: Request
-    drafter: Drafter
-    num_speculative_tokens: int
-    generator: torch.Generator
-    counts: TokenCounts | None
-    matchers: GrammarMatchers | None
-    stats: SpeculativeStats = field(default_factory=SpeculativeStats)
+    def __init__(self, sequences: Sequences, request: Request, drafter: Drafter, n: int, stats: SpeculativeStats):
+        self.sequences, self.request, self.drafter, self.stats = sequences, request, drafter, stats
+        self.num_speculative_tokens = n
+        spec, rows = sequences.model.spec, sequences.rows
+        self.counts = TokenCounts(rows, spec.vocab, sequences.model.device) if request.sampling.needs_counts else None
+        self.generator = torch.Generator().manual_seed(request.seeds[0] if request.seeds else secrets.randbits(63))
+        self.matchers = request.grammar.start(rows, request.stop_ids) if request.grammar is not None else None
 
     def step(self, remaining: int) -> list[tuple[TokenOutput, bool]]:
         """One forward pass: the accepted draft tokens and one token of the model's own, `remaining` at most.
@@ -206,15 +204,9 @@ def generate_speculatively(
     stats: SpeculativeStats,
 ) -> Iterator[TokenOutput]:
     """`generate.generate_tokens` with draft tokens, for one sequence."""
-    spec, device, rows = sequences.model.spec, sequences.model.device, sequences.rows
-    limit = remaining_tokens(spec, rows[0], request.max_tokens)
+    limit = remaining_tokens(sequences.model.spec, sequences.rows[0], request.max_tokens)
     reply = Reply(detokenizer, limit, request.stop_ids, request.stop)
-    counts = TokenCounts(rows, spec.vocab, device) if request.sampling.needs_counts else None
-    generator = torch.Generator().manual_seed(request.seeds[0] if request.seeds else secrets.randbits(63))
-    matchers = request.grammar.start(rows, request.stop_ids) if request.grammar is not None else None
-    decoder = SpeculativeDecoder(
-        sequences, request, drafter, num_speculative_tokens, generator, counts, matchers, stats
-    )
+    decoder = SpeculativeDecoder(sequences, request, drafter, num_speculative_tokens, stats)
     while reply.finish_reason is None:
         for output, must_end in decoder.step(reply.remaining_tokens):
             text = reply.push(output.id, must_end)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
+
+from oneblock.text.stream import Detokenizer
 
 FinishReason = Literal["stop", "length"]
 
 DETOKENIZER_CONTEXT = 8  # prompt tokens that a detokenizer reads first: a reply may begin inside a word
-
-
-class Detokenizer(Protocol):
-    """Incremental detokenization (`Tokenizer.stream()`)."""
-
-    def push(self, id: int) -> str: ...
-
-    def flush(self) -> str: ...
 
 
 class StopStrings:
