@@ -57,13 +57,13 @@ def make_models(folder: Path, name: str, llama: bool) -> None:
     from oneblock.spec import get_spec
     from oneblock.store import save_model
     from oneblock.store.gguf import save_gguf
-    from oneblock.store.load import on_meta
+    from oneblock.store.load import build_on_meta
     from oneblock.text.train import train_bpe
 
     torch.manual_seed(0)
     shape = SHAPES[name]
     spec = get_spec("llama", **shape, context=2048, tied=False) if shape else get_spec("llama-3.2-1b")
-    model = on_meta(spec).to(torch.bfloat16).to_empty(device="cpu")
+    model = build_on_meta(spec).to(torch.bfloat16).to_empty(device="cpu")
     for p in model.parameters():
         p.data.normal_(std=0.02) if p.dim() > 1 else p.data.fill_(1.0)
     model.tie()

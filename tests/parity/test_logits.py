@@ -14,7 +14,7 @@ from torch import Tensor
 from oneblock import spec as s
 from oneblock.model import Decoder
 from oneblock.store import load_model, save_model
-from oneblock.store.load import on_meta, parameter_shapes
+from oneblock.store.load import build_on_meta, parameter_shapes
 
 TOLERANCE = 1e-4
 
@@ -131,7 +131,7 @@ def invisible(spec: s.Spec, what: str) -> bool:
 def noticed(reference: Any, model: Decoder, mutant: s.Spec) -> bool:
     """Whether a changed spec asks for other parameters, cannot run, or gives other logits."""
     try:
-        other = on_meta(mutant)
+        other = build_on_meta(mutant)
     except Exception:
         return True
     if parameter_shapes(other) != parameter_shapes(model):

@@ -144,7 +144,7 @@ def test_the_dtype_of_most_weights_is_everyones(tmp_path: Path) -> None:
 def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path, FAMILIES["llama"]())
     for dtype in ("int8", "float33", "Tensor"):
-        with pytest.raises(OneblockError, match=f"'{dtype}' is not one a model computes in: choose one of float64"):
+        with pytest.raises(OneblockError, match=f"'{dtype}' is not supported; choose one of float64"):
             load_model(folder, dtype=dtype)
 
 

@@ -273,12 +273,12 @@ KILLED = SAVE.replace(
     "resource.setrlimit(",
     """
 import os, time, oneblock.store.save as save
-whole = save.write_file
+write_weights = save.write_weights
 def slow(*args):
-    whole(*args)
+    write_weights(*args)
     print("written", flush=True)
     time.sleep(60)
-save.write_file = slow
+save.write_weights = slow
 (lambda *a: None)(""",
 )
 

@@ -18,8 +18,8 @@ from oneblock.model.mlp import Experts, activate
 from oneblock.quant.formats import quantize_float8, quantize_int4, quantize_int8
 from oneblock.quant.linear import Float8Linear, QuantizedLinear
 from oneblock.store.config import QUANTIZED, read_config, write_config
-from oneblock.store.load import SINGLE, Checkpoint, as_dtype, on_meta, put, read_generation
-from oneblock.store.save import write_settings, write_tensors
+from oneblock.store.load import SINGLE, Checkpoint, as_dtype, build_on_meta, put, read_generation_config
+from oneblock.store.save import write_config_files, write_tensors
 
 EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
 
@@ -164,7 +164,7 @@ def write_quantized(
     """The settings; and the weights, codes and scales under the model's own names."""
     write_tensors(folder / SINGLE, {name: x.contiguous() for name, x in tensors(model)}, {"format": "oneblock"})
     said = {"quantization_config": {"quant_method": QUANTIZED, **asdict(bits)}}
-    write_settings(folder, model, {**(config or write_config(model.spec)), **said}, generation)
+    write_config_files(folder, model, {**(config or write_config(model.spec)), **said}, generation)
 
 
 def weight_bytes(model: Decoder) -> int:
@@ -183,7 +183,7 @@ def load_quantized(
 ) -> Checkpoint:
     """The model of a folder that `write_quantized` made. OneblockError names what is missing, or of another size."""
     spec, config = read_config(folder)
-    model, path = on_meta(spec), folder / SINGLE
+    model, path = build_on_meta(spec), folder / SINGLE
     wanted = as_dtype(dtype) if dtype else None
     with torch.device("meta"):
         replace(model, bits, lambda name, coded, weight: None)
@@ -195,7 +195,7 @@ def load_quantized(
         raise OneblockError(f"{path}: {str(e).splitlines()[0]}; quantize the model again") from None
     if isinstance(model.embed, QuantizedEmbedding):
         model.embed.dtype = model.dtype
-    return Checkpoint(model, spec, config, read_generation(folder))
+    return Checkpoint(model, spec, config, read_generation_config(folder))
 
 
 def fill(model: Decoder, path: Path, stored: dict[str, Tensor], dtype: torch.dtype | None) -> None:

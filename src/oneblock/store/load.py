@@ -1,8 +1,9 @@
-"""A model folder to a model: built without memory, then given the file's own pages or copies made slab by slab."""
+"""A model folder to a model: built on the meta device, then given memory-mapped tensors or copies made in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from oneblock.errors import OneblockError
 from oneblock.model import Decoder
 from oneblock.spec import Spec
 from oneblock.store.config import family_of, read_config, read_json
-from oneblock.store.header import Entry, read_header
 from oneblock.store.name_tables import (
     WRAPPER_PREFIXES,
     DiskTensor,
@@ -27,18 +27,30 @@ from oneblock.store.name_tables import (
     map_tensors,
     naming_schemes,
 )
-from oneblock.store.tensors import CODES, DTYPES, Maps, Source, copy_in, mappable, mapped
+from oneblock.store.tensors import (
+    CODES,
+    DOWNLOAD_AGAIN,
+    DTYPES,
+    FileMaps,
+    TensorInfo,
+    TensorReader,
+    copy_in,
+    is_mappable,
+    read_header,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
-WORKERS = 4  # as many slabs in memory at a time
+WORKERS = 4  # chunks in memory at a time
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.msgpack", "*.h5")
+
+Infos = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded folder. `layout` is what saving needs to give the same names back."""
+    """A loaded model. `layout` lets `save_model` write the same tensor names again."""
 
     model: Decoder
     spec: Spec
@@ -50,45 +62,45 @@ class Checkpoint:
 def load_model(
     folder: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Checkpoint:
-    """The model of a Hugging Face folder, its weights in `dtype` (None: as most of them are stored).
+    """Load the model of a Hugging Face folder, its weights in `dtype` (None: the dtype of most of them).
 
-    On the CPU and without a change of dtype the weights stay in the file's pages, which come in as they are used and
-    are copied only where they are written to. OneblockError where the folder is not a whole, sound model.
+    On the CPU, without a change of dtype, the weights are memory-mapped: pages are read when used and copied only
+    when written to. OneblockError if the folder is not a complete, undamaged model.
     """
-    folder = Path(folder)
+    folder, on = Path(folder), as_device(device)
     spec, config = read_config(folder)
     if config.get("quantization_config"):
-        raise OneblockError(
-            f"{folder}: its weights are quantised, to generate with only; give the model it was made of"
-        )
+        raise OneblockError(f"{folder}: its weights are quantized, for inference only; give the model it was made from")
     family = family_of(config)
-    entries = find_tensors(folder)
-    model = on_meta(spec)
-    match = _match(family, spec, model, entries)
-    _check(folder, family, match, entries)
-    target = _dtype(dtype, match.slots, entries)
-    if match.layout.stored_head and not _same_head(entries, match):
+    infos = read_headers(folder)
+    model = build_on_meta(spec)
+    match = _match_names(family, spec, model, infos)
+    head = match.head if match.layout.stored_head else None
+    check_tensors(folder, match.disk_tensors, infos, DTYPES, lambda name: name == head or is_ignored(name, family))
+    target = choose_dtype(dtype, match.disk_tensors, infos)
+    if head and not _is_same_matrix(infos, match):
         # transformers trusts the two matrices over the configuration, too
         config, spec = {**config, "tie_word_embeddings": False}, replace(spec, tied=False)
-        model, match = _untied(family, spec, entries)
-    _fill(model, match.slots, entries, target, torch.device(device))
-    return Checkpoint(model, spec, config, read_generation(folder), match.layout)
+        model = build_on_meta(spec)
+        match = _match_names(family, spec, model, infos)
+    fill_model(model, match.disk_tensors, infos, target, on)
+    return Checkpoint(model, spec, config, read_generation_config(folder), match.layout)
 
 
-def read_generation(folder: Path) -> dict[str, Any]:
-    """How the folder's model is used to choose tokens; empty where it does not say."""
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The folder's generation_config.json; empty if there is none."""
     path = folder / GENERATION
     return read_json(path) if path.exists() else {}
 
 
-def on_meta(spec: Spec) -> Decoder:
+def build_on_meta(spec: Spec) -> Decoder:
     """The model without memory for its weights."""
-    with torch.device("meta"), _NoStart():
+    with torch.device("meta"), _SkipInit():
         return Decoder(spec)
 
 
-class _NoStart(TorchFunctionMode):
-    """Passes over the drawing of first weights: even without memory it costs a second of imports inside torch."""
+class _SkipInit(TorchFunctionMode):
+    """Skips weight initialization: even on the meta device it costs a second of imports inside torch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,18 +110,17 @@ class _NoStart(TorchFunctionMode):
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes; a tied head is not named, since it is the embedding."""
+    """Parameter names and shapes. A tied head is not among them: its parameter is the embedding."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-# ------------------------------------------------------------------ which files
+# ------------------------------------------------------------------ files
 
 
-def find_tensors(folder: Path) -> dict[str, Entry]:
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a folder's safetensors files."""
-    index = folder / INDEX
-    if index.exists():
-        return _sharded(folder, index)
+    if (folder / INDEX).exists():
+        return _read_shard_headers(folder)
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -122,44 +133,42 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
     raise OneblockError(f"{folder}: has no {SINGLE} and no {INDEX}; give a folder that holds a model's weights")
 
 
-def _sharded(folder: Path, index: Path) -> dict[str, Entry]:
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in where.values()
+def _read_shard_headers(folder: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
-        raise OneblockError(f"{index}: has no weight_map of tensors to files in this folder; get the file again")
-    entries: dict[str, Entry] = {}
-    for file in sorted(set(where.values())):
+        raise OneblockError(f"{folder / INDEX}: has no weight_map of tensors to files in this folder; {DOWNLOAD_AGAIN}")
+    infos: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():
-            raise OneblockError(f"{folder / file}: is missing, though {INDEX} names it; get it again")
-        for name, entry in read_header(folder / file).items():
-            if name in entries:
+            raise OneblockError(f"{folder / file}: is missing, but {INDEX} names it; download it")
+        for name, info in read_header(folder / file).items():
+            if name in infos:
                 raise OneblockError(
-                    f"{folder / file}: tensor {name!r} is in {entries[name].path.name} too; get both again"
+                    f"{folder / file}: tensor {name!r} is in {infos[name].path.name} too; download both again"
                 )
-            entries[name] = entry
-    for name, file in where.items():
-        if name not in entries or entries[name].path.name != file:
-            raise OneblockError(
-                f"{folder / file}: tensor {name!r} is missing, though {INDEX} puts it there; get it again"
-            )
-    return entries
+            infos[name] = info
+    for name, file in weight_map.items():
+        if name not in infos or infos[name].path.name != file:
+            raise OneblockError(f"{folder / file}: tensor {name!r} is missing, but {INDEX} names it; {DOWNLOAD_AGAIN}")
+    return infos
 
 
-# ------------------------------------------------------------------ which tensor is which
+# ------------------------------------------------------------------ names
 
 
 @dataclass(frozen=True)
 class Match:
-    """The disk tensors a model needs, named as this folder names them."""
+    """The stored tensors a model needs, named as this folder names them."""
 
-    slots: DiskTensors
+    disk_tensors: DiskTensors
     layout: Layout
     head: str = ""  # the stored name of a tied head
 
 
-def _match(family: Family, spec: Spec, model: Decoder, entries: dict[str, Entry]) -> Match:
-    """The way of naming that leaves the fewest tensors missing."""
+def _match_names(family: Family, spec: Spec, model: Decoder, infos: Infos) -> Match:
+    """The family's naming scheme that leaves the fewest tensors missing."""
     shapes = parameter_shapes(model)
     tables = [map_tensors(table, spec, shapes) for table in family.tables]
     best: Match | None = None
@@ -168,13 +177,13 @@ def _match(family: Family, spec: Spec, model: Decoder, entries: dict[str, Entry]
         known = tables[table]
         if known is None:
             continue
-        named = {rename(name): slot for name, slot in known.items()}
-        missing = len(named.keys() - entries.keys())
+        renamed = {rename(name): disk for name, disk in known.items()}
+        missing = len(renamed.keys() - infos.keys())
         if missing < fewest:
             head = rename(head_name(family))
-            stored = spec.tied and head in entries
-            kept = None if prefix in WRAPPER_PREFIXES else prefix  # the text side is saved as a text model
-            best, fewest = Match(named, Layout(family.model_types[0], table, kept, stored), head), missing
+            saved_prefix = None if prefix in WRAPPER_PREFIXES else prefix  # the text model of an image-text model
+            layout = Layout(family.model_types[0], table, saved_prefix, stored_head=spec.tied and head in infos)
+            best, fewest = Match(renamed, layout, head), missing
     assert best is not None, f"no table of {family.model_types[0]} names every parameter"
     return best
 
@@ -183,118 +192,120 @@ def head_name(family: Family) -> str:
     return next(disk for disk, ours in family.tables[0].items() if ours == "head") + ".weight"
 
 
-def _untied(family: Family, spec: Spec, entries: dict[str, Entry]) -> tuple[Decoder, Match]:
-    model = on_meta(spec)
-    return model, _match(family, spec, model, entries)
-
-
-def _check(folder: Path, family: Family, match: Match, entries: dict[str, Entry]) -> None:
-    """Every tensor the model needs, in its shape and a dtype we compute in, and no other."""
-    missing = [name for name in match.slots if name not in entries]
-    if missing:
-        raise OneblockError(
-            f"{folder}: tensor {missing[0]!r} is missing{_more(missing)}; the weights are incomplete, or config.json "
-            f"is another model's: get the folder again"
-        )
-    for name, slot in match.slots.items():
-        entry = entries[name]
-        if entry.shape != slot.shape:
-            raise OneblockError(
-                f"{entry.path}: tensor {name!r} has shape {list(entry.shape)} where config.json makes it "
-                f"{list(slot.shape)}; get the folder again, or mend config.json"
-            )
-        if entry.dtype not in DTYPES:
-            raise OneblockError(
-                f"{entry.path}: tensor {name!r} is {entry.dtype}, not one of {', '.join(DTYPES)}; get the "
-                f"model in one of these"
-            )
-    head = match.head if match.layout.stored_head else None
-    extra = [n for n in entries if n not in match.slots and n != head and not is_ignored(n, family)]
-    if extra:
-        raise OneblockError(
-            f"{entries[extra[0]].path}: tensor {extra[0]!r} has no place in a {family.model_types[0]} "
-            f"model{_more(extra)}; config.json may be another model's: get the folder again"
-        )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _same_head(entries: dict[str, Entry], match: Match) -> bool:
-    embed = next(name for name, slot in match.slots.items() if slot.parts[0].name == "embed.weight")
-    a, b = entries[embed], entries[match.head]
+def _is_same_matrix(infos: Infos, match: Match) -> bool:
+    """Whether the stored head equals the embedding."""
+    embed = next(name for name, disk in match.disk_tensors.items() if disk.parts[0].name == "embed.weight")
+    a, b = infos[embed], infos[match.head]
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     rows, columns = a.shape
-    row_bytes = (a.end - a.start) // rows
-    with Source(a) as ours, Source(b) as theirs:  # not mapped, as pages that were looked at stay in memory
+    with TensorReader(a) as ours, TensorReader(b) as theirs:  # not mapped: pages that were read stay in memory
         return all(
-            torch.equal(ours.read((1, columns), i * row_bytes), theirs.read((1, columns), i * row_bytes))
-            for i in range(rows)
+            torch.equal(ours.read((columns,), i * columns), theirs.read((columns,), i * columns)) for i in range(rows)
         )
 
 
-# ------------------------------------------------------------------ the weights themselves
+# ------------------------------------------------------------------ what safetensors and GGUF have in common
 
 
-def _dtype(asked: str | torch.dtype | None, slots: DiskTensors, entries: dict[str, Entry]) -> torch.dtype:
-    if asked is None:
-        stored: dict[str, int] = {}
-        for name in slots:
-            entry = entries[name]
-            stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.end - entry.start
-        return DTYPES[max(stored, key=lambda code: stored[code])]
-    return as_dtype(asked)
+def check_tensors(
+    source: Path, disk_tensors: DiskTensors, infos: Infos, codes: Collection[str], is_ignorable: Callable[[str], bool]
+) -> None:
+    """Raise OneblockError if a tensor is missing, unexpected, of another shape, or of a dtype not in `codes`."""
+    missing = [name for name in disk_tensors if name not in infos]
+    if missing:
+        raise OneblockError(
+            f"{source}: tensor {missing[0]!r} is missing{_and_more(missing)}; the weights are incomplete or do not "
+            f"belong to the configuration: download them again"
+        )
+    for name, disk in disk_tensors.items():
+        info = infos[name]
+        if info.shape != disk.shape:
+            raise OneblockError(
+                f"{info.path}: tensor {name!r} has shape {list(info.shape)}, but the configuration requires "
+                f"{list(disk.shape)}; download the model again, or fix its configuration"
+            )
+        if info.dtype not in codes or (info.dtype not in DTYPES and len(info.shape) == 1):
+            raise OneblockError(
+                f"{info.path}: tensor {name!r} is {info.dtype}, which is not supported here; get the model in one of "
+                f"{', '.join(codes)}"
+            )
+    unexpected = [name for name in infos if name not in disk_tensors and not is_ignorable(name)]
+    if unexpected:
+        raise OneblockError(
+            f"{infos[unexpected[0]].path}: tensor {unexpected[0]!r} has no place in this model"
+            f"{_and_more(unexpected)}; the configuration may belong to another model: download both again"
+        )
 
 
-def as_dtype(asked: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name. OneblockError where models do not compute in it."""
-    dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def choose_dtype(dtype: str | torch.dtype | None, disk_tensors: DiskTensors, infos: Infos) -> torch.dtype:
+    """`dtype`, or the one that most bytes are stored in; block-quantized tensors count as bfloat16."""
+    if dtype is not None:
+        return as_dtype(dtype)
+    sizes: Counter[torch.dtype] = Counter()
+    for info in (infos[name] for name in disk_tensors):
+        sizes[DTYPES.get(info.dtype, torch.bfloat16)] += info.end - info.start
+    return sizes.most_common(1)[0][0]
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name. OneblockError if models do not compute in it."""
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
     if dtype not in CODES:
         known = ", ".join(str(d).removeprefix("torch.") for d in CODES)
-        raise OneblockError(f"dtype {asked!r} is not one a model computes in: choose one of {known}")
+        raise OneblockError(f"dtype {name!r} is not supported; choose one of {known}")
     return dtype
 
 
-def _fill(
-    model: Decoder, slots: DiskTensors, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device
+def as_device(name: str | torch.device) -> torch.device:
+    """A device by its name. OneblockError if this machine or this build of PyTorch does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
+        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise OneblockError(f"device {str(name)!r} is not available ({reason}); use {usable}") from None
+    return device
+
+
+def fill_model(
+    model: Decoder, disk_tensors: DiskTensors, infos: Infos, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give the meta model its weights. Tensors that cannot be mapped are made once, then filled piece by piece."""
+    """Give a meta model its weights: memory-mapped if layouts match, otherwise allocated once and copied in chunks."""
     shapes = parameter_shapes(model)
-    maps, ready = Maps(), dict[str, Tensor]()
-    rest: list[tuple[Entry, DiskTensor]] = []
-    for name, slot in sorted(slots.items(), key=lambda item: (str(entries[item[0]].path), entries[item[0]].start)):
-        if mappable(entries[name], slot, dtype, device):
-            ready |= mapped(maps, entries[name], slot)
+    maps, tensors = FileMaps(), dict[str, Tensor]()
+    copies: list[tuple[TensorInfo, DiskTensor]] = []
+    for name, disk in sorted(disk_tensors.items(), key=lambda item: (str(infos[item[0]].path), infos[item[0]].start)):
+        if is_mappable(infos[name], disk, dtype, device):
+            tensors |= maps.parts(infos[name], disk)
         else:
-            rest.append((entries[name], slot))
-    for name in dict.fromkeys(part.name for _, slot in rest for part in slot.parts):
-        ready[name] = torch.empty(shapes[name], dtype=dtype, device=device)
-    if rest:
-        _copy_all(rest, ready)
-    assign(model, ready)
+            copies.append((infos[name], disk))
+    for name in dict.fromkeys(part.name for _, disk in copies for part in disk.parts):
+        tensors[name] = torch.empty(shapes[name], dtype=dtype, device=device)
+    if copies:
+        _copy_all(copies, tensors)
+    for name, tensor in tensors.items():
+        put(model, name, nn.Parameter(tensor))
+    model.tie()
 
 
-def _copy_all(rest: list[tuple[Entry, DiskTensor]], ready: dict[str, Tensor]) -> None:
-    """Disk tensors side by side, each in one thread: torch's own threads would wait for each other at every slab."""
+def _copy_all(copies: list[tuple[TensorInfo, DiskTensor]], tensors: dict[str, Tensor]) -> None:
+    """Copy stored tensors in parallel, each in one thread: torch's own threads would synchronize at every chunk."""
     before = torch.get_num_threads()
     workers = ThreadPoolExecutor(min(WORKERS, before), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with workers:
-            list(workers.map(lambda item: copy_in(item[0], item[1], ready), rest))  # raises what a thread raised
+            list(workers.map(lambda copy: copy_in(copy[0], copy[1], tensors), copies))  # raises what a thread raised
     finally:
-        torch.set_num_threads(before)  # a part of the setting is the whole process's
+        torch.set_num_threads(before)  # part of the setting is global to the process
 
 
 def put(root: nn.Module, name: str, new: nn.Module | Tensor) -> None:
     """In the place of the module, parameter or buffer of this name."""
     owner, _, key = name.rpartition(".")
     setattr(root.get_submodule(owner), key, new)
-
-
-def assign(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
-    """Give the model these parameters, by name."""
-    for name, tensor in tensors.items():
-        put(model, name, nn.Parameter(tensor))
-    model.tie()

@@ -69,6 +69,8 @@ class DiskTensor:
     axis: int = 0  # the joined dimension, as stored
     transposed: bool = False
     expert: int | None = None  # its row in our stack of experts
+    interleaved_heads: int = 0  # GGUF: rotated rows are interleaved pairs in each of so many heads, ours are halves
+    weight_offset: float = 0.0  # GGUF: the stored numbers are ours plus this
 
 
 DiskTensors = dict[str, DiskTensor]

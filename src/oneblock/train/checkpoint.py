@@ -32,7 +32,7 @@ from oneblock.files import exchange_folders, fsync_folder, fsync_tree, report_wr
 from oneblock.parallel.pipeline import RemoteParameter
 from oneblock.store import load_model, manifest
 from oneblock.store.manifest import verify
-from oneblock.store.save import model_files, write_config_files, write_file, write_tensors
+from oneblock.store.save import plan_weight_files, write_config_files, write_tensors, write_weights
 from oneblock.text import Tokenizer
 from oneblock.train.loop import State
 
@@ -167,7 +167,7 @@ class Share:
 
     def __init__(self, state: State, rank: int, ranks: int, copy: bool):
         self.model, self.first = state.model, rank == 0
-        self.files = model_files(state.model, ranks)
+        self.files = plan_weight_files(state.model, ranks)
         self.mine = {name: slots for i, (name, slots) in enumerate(self.files.items()) if i % ranks == rank}
         wanted = {part.name for slots in self.mine.values() for slot in slots.values() for part in slot.parts}
         self.weights: dict[str, Tensor] = {}
@@ -187,9 +187,9 @@ class Share:
     def write(self, folder: Path) -> list[str]:
         """Names of the files written."""
         for name, slots in self.mine.items():
-            write_file(folder / name, slots, self.weights)
+            write_weights(folder / name, slots, self.weights)
         if self.first:
-            write_config_files(folder, self.model, self.files)
+            write_config_files(folder, self.model, files=self.files)
         write_tensors(folder / self.optimizer_file, self.optimizer)
         return [*self.mine, self.optimizer_file]
 

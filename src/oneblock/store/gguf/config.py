@@ -1,4 +1,4 @@
-"""A file's settings <-> config.json of the class that it is: sizes, windows, flags. Rotation is in rope.py."""
+"""GGUF metadata <-> config.json of the class: sizes, windows, flags. RoPE is in rope.py."""
 
 from __future__ import annotations
 
@@ -13,112 +13,114 @@ from oneblock.spec import Spec
 from oneblock.store.config import family_of, write_config
 from oneblock.store.families.fields import sliding_kinds
 from oneblock.store.gguf import rope
-from oneblock.store.gguf.metadata import Metadata, brief
-from oneblock.store.gguf.names import ARCHS, COUNT, EXPERTS, WRITTEN_AS, Arch
-from oneblock.store.header import AGAIN
+from oneblock.store.gguf.architectures import ARCHITECTURES, COUNT, EXPERTS, WRITTEN_AS, Architecture
+from oneblock.store.gguf.metadata import Metadata, shorten
 from oneblock.store.name_tables import Family, Shape
+from oneblock.store.tensors import DOWNLOAD_AGAIN
 
 Raw = dict[str, Any]
 ARCH = "general.architecture"
-MIXED = (COUNT, *EXPERTS)
-FILLED = ("attention.head_count_kv", "attention.key_length", "attention.sliding_window", *MIXED)  # may be left out
+ZERO_IS_ABSENT = ("attention.sliding_window", COUNT, *EXPERTS)
+OPTIONAL = ("attention.head_count_kv", "attention.key_length", *ZERO_IS_ABSENT)
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
 
-def architecture(settings: Mapping[str, Any]) -> str:
-    name = settings.get(ARCH)
-    if not isinstance(name, str) or name not in ARCHS:
-        raise OneblockError(f"architecture {brief(name)} is not known; known are {', '.join(sorted(ARCHS))}")
+def read_architecture(metadata: Mapping[str, Any]) -> str:
+    name = metadata.get(ARCH)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise OneblockError(f"architecture {shorten(name)} is not supported; supported are {known}")
     return name
 
 
-def read_config(settings: Mapping[str, Any], shapes: Mapping[str, Shape], factors: Mapping[str, Tensor]) -> Raw:
-    """The configuration of the class. `shapes`: of all tensors; `factors`: the rotation's divisors by their names."""
-    name = architecture(settings)
-    arch, said = ARCHS[name], Metadata(settings, name)
-    if said.get(COUNT):
-        _check_experts(said, arch, shapes)
-    raw: Raw = {key: _value(said, setting) for setting, key in arch.keys.items() if _has(said, setting)}
-    raw |= arch.fixed
-    width = said.whole("embedding_length") // said.whole("attention.head_count")
+def read_config(values: Mapping[str, Any], shapes: Mapping[str, Shape], rope_divisors: Mapping[str, Tensor]) -> Raw:
+    """The config.json of the class. `shapes`: of all tensors."""
+    name = read_architecture(values)
+    arch, metadata = ARCHITECTURES[name], Metadata(values, name)
+    if metadata.get(COUNT):
+        _check_experts(metadata, arch, shapes)
+    raw: Raw = {key: _read_value(metadata, own) for own, key in arch.keys.items() if _is_present(metadata, own)}
+    raw |= arch.constants
+    head_dim = metadata.read_int("embedding_length") // metadata.read_int("attention.head_count")
     if "attention.key_length" in arch.keys:
-        raw.setdefault("head_dim", width)
+        raw.setdefault("head_dim", head_dim)
     if "attention.head_count_kv" in arch.keys:
-        raw.setdefault("num_key_value_heads", said.whole("attention.head_count"))
+        raw.setdefault("num_key_value_heads", metadata.read_int("attention.head_count"))
     raw["vocab_size"] = shapes.get("token_embd.weight", (0,))[0]
     raw["tie_word_embeddings"] = "output.weight" not in shapes
-    raw |= {key: tensor in shapes for key, tensor in arch.flags.items()}
-    if arch.every:
-        raw |= _windowed(said, arch, width, raw)
-    if arch.rotates:
-        raw |= rope.read(said, arch, raw, factors)
-    kind = arch.model_type
+    raw |= {key: tensor in shapes for key, tensor in arch.tensor_flags.items()}
+    if arch.full_attention_every:
+        raw |= _read_windows(metadata, arch, head_dim, raw)
+    if arch.has_rope:
+        raw |= rope.read_rope(metadata, arch, raw, rope_divisors)
+    model_type = arch.model_type
     if name == "llama":
-        kind = "mixtral" if said.get(COUNT) else "mistral" if raw.get("sliding_window") else kind
-    return _named(kind) | raw
+        model_type = "mixtral" if metadata.get(COUNT) else "mistral" if raw.get("sliding_window") else model_type
+    class_name = family_of({"model_type": model_type}).architecture
+    return {"model_type": model_type, "architectures": [class_name]} | raw
 
 
-def _check_experts(said: Metadata, arch: Arch, shapes: Mapping[str, Shape]) -> None:
-    """Before a name is made for each: that there are as many, in an architecture that has them here."""
+def _check_experts(metadata: Metadata, arch: Architecture, shapes: Mapping[str, Shape]) -> None:
+    """Compare the number of experts with the tensors before a name is made for each."""
     if COUNT not in arch.keys:
-        raise OneblockError(f"is a mixture of experts of architecture {said.arch!r}: get the model's folder")
-    count, stack = said.whole(COUNT), shapes.get("blk.0.ffn_up_exps.weight", (0,))
+        raise OneblockError(f"is a mixture of experts of architecture {metadata.arch!r}: get the Hugging Face folder")
+    count, stack = metadata.read_int(COUNT), shapes.get("blk.0.ffn_up_exps.weight", (0,))
     if stack[0] != count:
-        raise OneblockError(f"{said.arch}.{COUNT} is {count}, and its tensors hold {stack[0]} experts; {AGAIN}")
+        raise OneblockError(
+            f"{metadata.arch}.{COUNT} is {count}, but the tensors hold {stack[0]} experts; {DOWNLOAD_AGAIN}"
+        )
 
 
-def _has(said: Metadata, setting: str) -> bool:
-    """Whether a setting counts: those that must be there do, absent or not."""
-    if setting in ("attention.sliding_window", *MIXED) and said.get(setting) == 0:  # Phi-4's way of having none
+def _is_present(metadata: Metadata, key: str) -> bool:
+    """Whether a key has a value; required ones count as present, and are then refused if they are not."""
+    if key in ZERO_IS_ABSENT and metadata.get(key) == 0:  # Phi-4 has a sliding window of 0
         return False
-    return said.get(setting) is not None or not (setting in FILLED or setting.endswith("softcapping"))
+    return metadata.get(key) is not None or not (key in OPTIONAL or key.endswith("softcapping"))
 
 
-def _value(said: Metadata, setting: str) -> int | float:
-    return said.number(setting) if setting.endswith(("epsilon", "softcapping")) else said.whole(setting)
+def _read_value(metadata: Metadata, key: str) -> int | float:
+    return metadata.read_float(key) if key.endswith(("epsilon", "softcapping")) else metadata.read_int(key)
 
 
-def _named(model_type: str) -> Raw:
-    return {"model_type": model_type, "architectures": [family_of({"model_type": model_type}).architecture]}
-
-
-def _windowed(said: Metadata, arch: Arch, width: int, raw: Raw) -> Raw:
-    """Gemma's: which layers see a window, and what scores are divided by, which no setting says."""
-    depth, given = raw["num_hidden_layers"], said.get("attention.sliding_window_pattern")
-    if isinstance(given, np.ndarray) and len(given) == depth:
-        slides = [bool(x) for x in given]
+def _read_windows(metadata: Metadata, arch: Architecture, head_dim: int, raw: Raw) -> Raw:
+    """Gemma's sliding layers, and the scale of its scores, which no key states."""
+    key = "attention.sliding_window_pattern"
+    depth, pattern = raw["num_hidden_layers"], metadata.get(key)
+    if isinstance(pattern, np.ndarray) and len(pattern) == depth:
+        sliding = [bool(x) for x in pattern]
     else:
-        every = arch.every if given is None else said.whole("attention.sliding_window_pattern")
-        slides = [(i + 1) % every != 0 for i in range(depth)]
-    kinds = [SLIDING if x else FULL for x in slides]
-    return {"layer_types": kinds, "query_pre_attn_scalar": width if depth == arch.wide else raw["head_dim"]}
+        every = arch.full_attention_every if pattern is None else metadata.read_int(key)
+        sliding = [(i + 1) % every != 0 for i in range(depth)]
+    query_scalar = head_dim if depth == arch.dim_scaled_depth else raw["head_dim"]
+    return {"layer_types": [SLIDING if x else FULL for x in sliding], "query_pre_attn_scalar": query_scalar}
 
 
 # ------------------------------------------------------------------ writing
 
 
-def write_settings(spec: Spec, kind: str | None = None) -> tuple[str, Family, Raw, dict[str, Tensor]]:
-    """Architecture, class, settings, and the divisors of the rotation. OneblockError where no file can say it all.
+def write_metadata(spec: Spec, model_type: str | None = None) -> tuple[str, Family, Raw, dict[str, Tensor]]:
+    """Architecture, class, metadata, and the divisors of the RoPE frequencies.
 
-    `kind`: the class to try first, for models that are of several.
+    `model_type`: the class to try first, for models that are of several. OneblockError if no architecture expresses
+    the model.
     """
     first: OneblockError | None = None
-    for family, config in _classes(spec, kind):
+    for family, config in _matching_classes(spec, model_type):
         try:
-            return WRITTEN_AS[family.model_types[0]], family, *_written(spec, family, config)
+            return WRITTEN_AS[family.model_types[0]], family, *_write_as(spec, family, config)
         except OneblockError as error:
             first = first or error
     if first is not None:
         raise first
     known = ", ".join(sorted(WRITTEN_AS))
-    raise OneblockError(f"a {write_config(spec)['model_type']} model cannot be a GGUF: this is written for {known}")
+    raise OneblockError(f"a {write_config(spec)['model_type']} model cannot be a GGUF file; supported are {known}")
 
 
-def _classes(spec: Spec, first: str | None) -> Iterator[tuple[Family, Raw]]:
-    """The classes that hold the model: a Phi-3 is a Llama too, but has more kinds of rotation in a GGUF."""
-    for kind in sorted(WRITTEN_AS, key=lambda kind: kind != first):
-        family = family_of({"model_type": kind})
+def _matching_classes(spec: Spec, first: str | None) -> Iterator[tuple[Family, Raw]]:
+    """The classes that hold the model: a Phi-3 is a Llama too, but has more kinds of RoPE scaling in GGUF."""
+    for model_type in sorted(WRITTEN_AS, key=lambda model_type: model_type != first):
+        family = family_of({"model_type": model_type})
         try:
             config = family.write(spec)
             if family.read(config) == spec:
@@ -127,44 +129,45 @@ def _classes(spec: Spec, first: str | None) -> Iterator[tuple[Family, Raw]]:
             continue  # the class lacks a part that the model has
 
 
-def _written(spec: Spec, family: Family, config: Raw) -> tuple[Raw, dict[str, Tensor]]:
+def _write_as(spec: Spec, family: Family, config: Raw) -> tuple[Raw, dict[str, Tensor]]:
     name = WRITTEN_AS[family.model_types[0]]
-    arch = ARCHS[name]
-    settings = {setting: config[key] for setting, key in arch.keys.items() if config.get(key) is not None}
-    if "attention.key_length" in settings:
-        settings["attention.value_length"] = settings["attention.key_length"]
+    arch = ARCHITECTURES[name]
+    values = {own: config[key] for own, key in arch.keys.items() if config.get(key) is not None}
+    if "attention.key_length" in values:
+        values["attention.value_length"] = values["attention.key_length"]
     if name == "phi3":
-        settings.setdefault("attention.sliding_window", 0)
-    if arch.every:
-        settings |= _pattern(spec, arch.every)
-    more, factors = rope.write(spec) if arch.rotates else ({}, {})
-    settings = {ARCH: name} | {f"{name}.{key}": value for key, value in (settings | more).items()}
-    settings |= {f"{name}.vocab_size": spec.vocab}
-    _check_said(spec, config, settings, factors)
-    return settings, factors
+        values.setdefault("attention.sliding_window", 0)
+    if arch.full_attention_every:
+        values |= _write_pattern(spec, arch.full_attention_every)
+    rope_values, rope_divisors = rope.write_rope(spec) if arch.has_rope else ({}, {})
+    values |= rope_values | {"vocab_size": spec.vocab}
+    metadata = {ARCH: name} | {f"{name}.{key}": value for key, value in values.items()}
+    _check_round_trip(spec, config, metadata, rope_divisors)
+    return metadata, rope_divisors
 
 
-def _pattern(spec: Spec, default: int) -> Raw:
-    """How often a layer sees all, where it is not as often as in the models that llama.cpp knows."""
+def _write_pattern(spec: Spec, default: int) -> Raw:
+    """The distance of the full-attention layers if it is not llama.cpp's default."""
     kinds = sliding_kinds(spec)
     every = kinds.index(FULL) + 1 if FULL in kinds else spec.n_layers + 1
-    usual = all((kind == FULL) == ((i + 1) % default == 0) for i, kind in enumerate(kinds))
-    return {} if usual else {"attention.sliding_window_pattern": every}
+    is_default = all((kind == FULL) == ((i + 1) % default == 0) for i, kind in enumerate(kinds))
+    return {} if is_default else {"attention.sliding_window_pattern": every}
 
 
-def _check_said(spec: Spec, config: Raw, settings: Raw, factors: dict[str, Tensor]) -> None:
-    """That the settings read back as the same model."""
+def _check_round_trip(spec: Spec, config: Raw, metadata: Raw, rope_divisors: dict[str, Tensor]) -> None:
+    """Raise OneblockError unless the metadata reads back as the same model."""
+    name = metadata[ARCH]
     shapes: dict[str, Shape] = {"token_embd.weight": (spec.vocab, spec.dim)}
     shapes |= {} if spec.tied else {"output.weight": (spec.vocab, spec.dim)}
-    shapes |= {tensor: (0,) for key, tensor in ARCHS[settings[ARCH]].flags.items() if config.get(key)}
-    shapes |= {"blk.0.ffn_up_exps.weight": (settings.get(f"{settings[ARCH]}.{COUNT}", 0),)}
-    raw = read_config(settings, shapes, factors)
-    back = family_of(raw).read(raw)
-    if back == spec:
+    shapes |= {tensor: (0,) for key, tensor in ARCHITECTURES[name].tensor_flags.items() if config.get(key)}
+    shapes |= {"blk.0.ffn_up_exps.weight": (metadata.get(f"{name}.{COUNT}", 0),)}
+    raw = read_config(metadata, shapes, rope_divisors)
+    family = family_of(raw)
+    spec_again = family.read(raw)
+    if spec_again == spec:
         return
-    again = family_of(raw).write(back)
-    wrong = next((key for key in config if config[key] != again.get(key)), "something of it")
+    again = family.write(spec_again)
+    key = next((key for key in config if config[key] != again.get(key)), "a part of it")
     raise OneblockError(
-        f"architecture {settings[ARCH]!r} of GGUF has no place for {wrong} {str(config.get(wrong))[:60]}: "
-        f"this model cannot be exported"
+        f"architecture {name!r} of GGUF cannot express {key} {str(config.get(key))[:60]}; this model cannot be exported"
     )

@@ -1,10 +1,11 @@
-"""A file's vocabulary to a Tokenizer: put down as the files of a folder, and read as any other folder's."""
+"""A GGUF file's vocabulary to a Tokenizer: written as the files of a Hugging Face folder, then loaded from it."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,83 +14,110 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from oneblock.errors import OneblockError
-from oneblock.store.gguf.metadata import brief
-from oneblock.store.gguf.pretokenizers import ALSO, CUTS, Cut
+from oneblock.store.gguf.metadata import shorten
 from oneblock.text import Tokenizer
+from oneblock.text.bytepairs import CL100K, LLAMA3, O200K, QWEN2
 from oneblock.text.formats import TOOL_TEMPLATE
 from oneblock.text.sentencepiece import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
-Settings = Mapping[str, Any]
+Values = Mapping[str, Any]
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-ENDS = ("eos", "eot", "eom")
+EOS_ROLES = ("eos", "eot", "eom")
 NONE = (None, "none", "no_vocab")
-LONGEST = 1024  # letters of a token: every way to cut one in two is tried
+MAX_TOKEN = 1024  # letters: merges are found by trying every split of a token
 KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
 
 
-def read_tokenizer(settings: Settings, rows: int) -> Tokenizer | None:
-    """The tokenizer of a file whose embedding has so many rows; None where it has none."""
-    model = settings.get(GGML + "model")
+@dataclass(frozen=True)
+class PreTokenizer:
+    """Split patterns of a byte-level vocabulary, each applied to the pieces that those before it left."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is a token becomes it, even where merges do not lead there
+    nfc: bool = False  # Unicode normalization before the split
+
+
+PRE_TOKENIZERS = {  # by llama.cpp's names
+    "gpt-2": PreTokenizer((GPT2,)),
+    "llama-bpe": PreTokenizer((LLAMA3,), ignore_merges=True),
+    "smaug-bpe": PreTokenizer((LLAMA3,)),
+    "dbrx": PreTokenizer((CL100K,)),  # llama.cpp's own form differs only in spaces at the very end
+    "qwen2": PreTokenizer((QWEN2,), nfc=True),
+    "gpt-4o": PreTokenizer((O200K,), ignore_merges=True),
+    "smollm": PreTokenizer((DIGIT, GPT2)),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+}
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "llama4": "gpt-4o"}
+ALIASES |= dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), "qwen2")
+ALIASES |= dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "exaone4"), "gpt-2")
+ALIASES |= dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm")
+
+
+def read_tokenizer(metadata: Values, rows: int) -> Tokenizer | None:
+    """The tokenizer of a file whose embedding has so many rows; None if it has none."""
+    model = metadata.get(GGML + "model")
     if model in NONE:
         return None
     if model not in ("llama", "gpt2"):
-        raise OneblockError(f"its tokenizer is of the kind {brief(model)}; known are llama, gpt2 and none")
-    tokens, kinds = _tokens(settings, rows)
+        raise OneblockError(f"its tokenizer is of the kind {shorten(model)}; supported are llama, gpt2 and none")
+    tokens, kinds = _read_tokens(metadata, rows)
     with TemporaryDirectory() as folder:
         try:
-            (_put_pieces if model == "llama" else _put_merges)(Path(folder), settings, tokens, kinds)
-            _put_habits(Path(folder), settings, tokens)
+            (_write_sentencepiece if model == "llama" else _write_bpe)(Path(folder), metadata, tokens, kinds)
+            _write_settings(Path(folder), metadata, tokens)
             return Tokenizer.load(folder)
         except Exception as error:  # the library raises nothing narrower
             reason = " ".join(str(error).replace(f"{folder}/", "").split())[:200]
             raise OneblockError(f"its tokenizer cannot be used ({reason})") from error
 
 
-def ends(settings: Settings) -> list[int] | None:
-    """The ids that end a text."""
-    ids = (settings.get(f"{GGML}{role}_token_id") for role in ENDS)
+def eos_ids(metadata: Values) -> list[int] | None:
+    """The ids that end a sequence."""
+    ids = (metadata.get(f"{GGML}{role}_token_id") for role in EOS_ROLES)
     return list(dict.fromkeys(id for id in ids if type(id) is int and 0 <= id < 1 << 24)) or None
 
 
-def _tokens(settings: Settings, rows: int) -> tuple[list[str], list[int]]:
-    tokens = settings.get(GGML + "tokens")
+def _read_tokens(metadata: Values, rows: int) -> tuple[list[str], list[int]]:
+    tokens = metadata.get(GGML + "tokens")
     if not isinstance(tokens, list) or not 0 < len(tokens) <= rows:
         count = len(tokens) if isinstance(tokens, list) else "no"
-        raise OneblockError(f"has {count} tokens for an embedding of {rows} rows; get the file again")
-    if max(map(len, tokens)) > LONGEST:
-        raise OneblockError(f"has a token of more than {LONGEST} letters; get the file again")
-    kinds = _numbers(settings, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+        raise OneblockError(f"has {count} tokens for an embedding of {rows} rows; download it again")
+    if max(map(len, tokens)) > MAX_TOKEN:
+        raise OneblockError(f"has a token of more than {MAX_TOKEN} letters; download it again")
+    kinds = _read_numbers(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
     if not set(kinds) <= {0, *KINDS}:
-        raise OneblockError(f"has tokens of the unknown kind {max(kinds)}; get the file again")
-    while kinds[-1] == UNUSED and len(kinds) > 1:  # what fills the embedding up
+        raise OneblockError(f"has tokens of the unknown kind {max(kinds)}; download it again")
+    while kinds[-1] == UNUSED and len(kinds) > 1:  # padding of the embedding
         kinds.pop()
     return tokens[: len(kinds)], [int(kind) or NORMAL for kind in kinds]
 
 
-def _numbers(settings: Settings, key: str, count: int) -> list[Any]:
-    found = settings.get(GGML + key)
-    if found is None:
+def _read_numbers(metadata: Values, key: str, count: int) -> list[Any]:
+    numbers = metadata.get(GGML + key)
+    if numbers is None:
         return []
-    if isinstance(found, list | str | int | float) or len(found) != count:
-        raise OneblockError(f"{GGML}{key} is not a number for each of {count} tokens; get the file again")
-    return found.tolist()
+    if isinstance(numbers, list | str | int | float) or len(numbers) != count:
+        raise OneblockError(f"{GGML}{key} is not a number for each of {count} tokens; download the file again")
+    return numbers.tolist()
 
 
-# ------------------------------------------------------------------ a vocabulary with scores
+# ------------------------------------------------------------------ SentencePiece: tokens with scores
 
 
-def _put_pieces(folder: Path, settings: Settings, tokens: list[str], kinds: list[int]) -> None:
-    """tokenizer.model, by the field numbers of sentencepiece_model.proto."""
-    scores = _numbers(settings, "scores", len(settings[GGML + "tokens"]))[: len(tokens)] or [0.0] * len(tokens)
-    unk = settings.get(GGML + "unknown_token_id", 0)
+def _write_sentencepiece(folder: Path, metadata: Values, tokens: list[str], kinds: list[int]) -> None:
+    """Write tokenizer.model; field numbers are those of sentencepiece_model.proto."""
+    scores = _read_numbers(metadata, "scores", len(metadata[GGML + "tokens"]))[: len(tokens)] or [0.0] * len(tokens)
+    unk = metadata.get(GGML + "unknown_token_id", 0)
     data = b"".join(_field(1, _piece(*piece)) for piece in zip(tokens, scores, kinds, strict=True))
     trainer = [_varint(3, BPE), _varint(40, unk if type(unk) is int else 0)]
     for number, role in ((41, "bos"), (42, "eos")):
-        id = settings.get(f"{GGML}{role}_token_id", number - 40)
+        id = metadata.get(f"{GGML}{role}_token_id", number - 40)
         trainer.append(_varint(number, id if type(id) is int and id < len(tokens) else len(tokens)))
-    prefix, squeeze = settings.get(GGML + "add_space_prefix", True), settings.get(GGML + "remove_extra_whitespaces")
+    prefix, squeeze = metadata.get(GGML + "add_space_prefix", True), metadata.get(GGML + "remove_extra_whitespaces")
     normalizer = _varint(3, int(bool(prefix))) + _varint(4, int(bool(squeeze)))
     (folder / "tokenizer.model").write_bytes(data + _field(2, b"".join(trainer)) + _field(3, normalizer))
 
@@ -99,70 +127,71 @@ def _piece(text: str, score: float, kind: int) -> bytes:
 
 
 def _field(number: int, data: bytes) -> bytes:
-    return _plain(number << 3 | 2) + _plain(len(data)) + data
+    return _encode_varint(number << 3 | 2) + _encode_varint(len(data)) + data
 
 
 def _varint(number: int, value: int) -> bytes:
-    return _plain(number << 3) + _plain(value)
+    return _encode_varint(number << 3) + _encode_varint(value)
 
 
-def _plain(value: int) -> bytes:
+def _encode_varint(value: int) -> bytes:
     """Seven bits a byte, lowest first; the last byte has no top bit."""
-    value, found = value & (1 << 64) - 1, bytearray()
+    value, data = value & (1 << 64) - 1, bytearray()
     while value > 127:
-        found.append(value & 127 | 128)
+        data.append(value & 127 | 128)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*data, value])
 
 
-# ------------------------------------------------------------------ a vocabulary with merges
+# ------------------------------------------------------------------ byte-level BPE: tokens with merges
 
 
-def _put_merges(folder: Path, settings: Settings, tokens: list[str], kinds: list[int]) -> None:
-    """tokenizer.json: byte-level pairs, cut first as the name of the cut says."""
-    name = settings.get(GGML + "pre", "default")
-    cut = CUTS.get(ALSO.get(name, name)) if isinstance(name, str) else None
-    if cut is None:
-        raise OneblockError(f"the cut {brief(name)} is not known; known are {', '.join(sorted([*CUTS, *ALSO]))}")
+def _write_bpe(folder: Path, metadata: Values, tokens: list[str], kinds: list[int]) -> None:
+    """Write tokenizer.json with the named pre-tokenizer."""
+    name = metadata.get(GGML + "pre", "default")
+    pre = PRE_TOKENIZERS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    if pre is None:
+        known = ", ".join(sorted([*PRE_TOKENIZERS, *ALIASES]))
+        raise OneblockError(f"pre-tokenizer {shorten(name)} is not supported; supported are {known}")
     vocab = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
-    merges = [_pair(merge) for merge in settings.get(GGML + "merges") or []]
-    backend = Backend(models.BPE(vocab, merges, ignore_merges=cut.whole))
-    backend.normalizer = normalizers.NFC() if cut.nfc else None
-    backend.pre_tokenizer = pre_tokenizer(cut)
+    merges = [_split_merge(merge) for merge in metadata.get(GGML + "merges") or []]
+    backend = Backend(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    backend.normalizer = normalizers.NFC() if pre.nfc else None
+    backend.pre_tokenizer = build_pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
     added = [(text, kind) for text, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
     backend.add_tokens([AddedToken(text, normalized=False, special=kind != USER_DEFINED) for text, kind in added])
     backend.save(str(folder / "tokenizer.json"))
 
 
-def pre_tokenizer(cut: Cut) -> Any:
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
+def build_pre_tokenizer(pre: PreTokenizer) -> Any:
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _pair(merge: Any) -> tuple[str, str]:
+def _split_merge(merge: Any) -> tuple[str, str]:
     left, space, right = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
     if not (left and space and right):
-        raise OneblockError(f"the merge {str(merge)[:40]!r} is no pair of tokens")
+        raise OneblockError(f"the merge {str(merge)[:40]!r} is not a pair of tokens")
     return left, right
 
 
-# ------------------------------------------------------------------ what belongs to either
+# ------------------------------------------------------------------ both
 
 
-def _put_habits(folder: Path, settings: Settings, tokens: list[str]) -> None:
-    """Roles of tokens, what begins and ends a text, chat templates."""
+def _write_settings(folder: Path, metadata: Values, tokens: list[str]) -> None:
+    """Write the roles of tokens, which of them are added to a text, and the chat templates."""
     config: dict[str, Any] = {}
     for role, name in ROLES.items():
-        id = settings.get(f"{GGML}{name}_token_id")
+        id = metadata.get(f"{GGML}{name}_token_id")
         if type(id) is int and 0 <= id < len(tokens):
             config[f"{role}_token"] = tokens[id]
-    llama = settings[GGML + "model"] == "llama" or settings.get(GGML + "pre") in ("llama-bpe", "llama3", "llama-v3")
-    config["add_bos_token"] = bool(settings.get(GGML + "add_bos_token", llama)) and "bos_token" in config
-    config["add_eos_token"] = bool(settings.get(GGML + "add_eos_token", False)) and "eos_token" in config
+    llama = metadata[GGML + "model"] == "llama" or metadata.get(GGML + "pre") in ("llama-bpe", "llama3", "llama-v3")
+    config["add_bos_token"] = bool(metadata.get(GGML + "add_bos_token", llama)) and "bos_token" in config
+    config["add_eos_token"] = bool(metadata.get(GGML + "add_eos_token", False)) and "eos_token" in config
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends(settings)}), "utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids(metadata)}), "utf-8")
     for key, file in ((TEMPLATE, "chat_template.jinja"), (f"{TEMPLATE}.tool_use", TOOL_TEMPLATE)):
-        if isinstance(settings.get(key), str):
+        if isinstance(metadata.get(key), str):
             (folder / file).parent.mkdir(exist_ok=True)
-            (folder / file).write_text(settings[key], "utf-8", newline="")
+            (folder / file).write_text(metadata[key], "utf-8", newline="")

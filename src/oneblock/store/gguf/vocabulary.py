@@ -1,4 +1,4 @@
-"""A Tokenizer to a file's vocabulary: what its definition says, where llama.cpp has a place for that."""
+"""A Tokenizer to the vocabulary of a GGUF file, if llama.cpp can express its definition."""
 
 from __future__ import annotations
 
@@ -8,52 +8,55 @@ from collections.abc import Iterator
 from typing import Any
 
 from oneblock.errors import OneblockError
-from oneblock.store.gguf.pretokenizers import CUTS, DIGIT, GPT2
-from oneblock.store.gguf.tokenizer import ENDS, GGML, ROLES, TEMPLATE
+from oneblock.store.gguf.tokenizer import DIGIT, EOS_ROLES, GGML, GPT2, PRE_TOKENIZERS, ROLES, TEMPLATE
 from oneblock.text import Tokenizer
 from oneblock.text.formats import read_token
 from oneblock.text.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 Raw = dict[str, Any]
 BYTES = re.compile(r"<0x[0-9A-F]{2}>")
-OUT_OF_REACH = -1e6  # the score of what no merge makes
+UNREACHABLE = -1e6  # the score of a token that no merge makes
 
 
 def write_tokenizer(tokenizer: Tokenizer | None, rows: int) -> Raw:
-    """Settings for an embedding of so many rows. OneblockError where a file has no place for such a tokenizer."""
+    """The metadata for an embedding of so many rows. OneblockError if GGUF cannot express the tokenizer."""
     if tokenizer is None:
         return {GGML + "model": "none"}
     if tokenizer.vocab_size > rows:
-        raise OneblockError(f"the tokenizer has {tokenizer.vocab_size} ids, too many for the model's {rows} rows")
+        raise OneblockError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than the embedding's {rows}; use --no-tokenizer"
+        )
     definition = json.loads(tokenizer.definition())
     model = definition["model"]
     if model["type"] != "BPE" or model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
-        raise OneblockError("GGUF has no place for this kind of tokenizer: export with --no-tokenizer")
+        raise OneblockError("GGUF cannot express this kind of tokenizer; export with --no-tokenizer")
     texts = {id: text for text, id in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(rows)]
-    spelled = any(step["type"] == "ByteLevel" for step in steps(definition["decoder"]))
-    found = _merged(definition) if spelled else _scored(definition, tokens)
-    kinds = _kinds(definition, tokens, texts, [] if spelled else _patterns(definition))
-    return found | {GGML + "tokens": tokens, GGML + "token_type": kinds} | _habits(tokenizer)
+    byte_level = any(step["type"] == "ByteLevel" for step in flatten_steps(definition["decoder"]))
+    metadata = _bpe_metadata(definition) if byte_level else _sentencepiece_metadata(definition, tokens)
+    kinds = _token_kinds(definition, tokens, texts, [] if byte_level else _split_patterns(definition))
+    return metadata | {GGML + "tokens": tokens, GGML + "token_type": kinds} | _special_token_metadata(tokenizer)
 
 
-def steps(part: Raw | None) -> Iterator[Raw]:
-    """The parts of a definition, one by one."""
+def flatten_steps(part: Raw | None) -> Iterator[Raw]:
+    """The steps of a part of tokenizer.json, sequences flattened."""
     if part is not None and part["type"] == "Sequence":
         for key in ("normalizers", "pretokenizers", "decoders"):
             for inner in part.get(key) or []:
-                yield from steps(inner)
+                yield from flatten_steps(inner)
     elif part is not None:
         yield part
 
 
-def _kinds(definition: Raw, tokens: list[str], texts: dict[int, str], cut_out: list[str]) -> list[int]:
-    """What each token is. `cut_out`: patterns of SentencePiece's user-defined pieces, and of places between letters."""
+def _token_kinds(definition: Raw, tokens: list[str], texts: dict[int, str], user_defined: list[str]) -> list[int]:
+    """The kind of each token. `user_defined`: patterns of SentencePiece's user-defined pieces."""
     model, kinds = definition["model"], [NORMAL if i in texts else UNUSED for i in range(len(tokens))]
     try:
-        patterns = [re.compile(pattern) for pattern in cut_out]
+        patterns = [re.compile(pattern) for pattern in user_defined]
     except re.error:
-        raise OneblockError(f"GGUF has no place for the pattern {cut_out[0][:60]}: use --no-tokenizer") from None
+        raise OneblockError(
+            f"GGUF cannot express the pattern {user_defined[0][:60]}; export with --no-tokenizer"
+        ) from None
     for i, text in enumerate(tokens):
         if model.get("byte_fallback") and BYTES.fullmatch(text):
             kinds[i] = BYTE
@@ -67,17 +70,17 @@ def _kinds(definition: Raw, tokens: list[str], texts: dict[int, str], cut_out: l
     return kinds
 
 
-def _patterns(definition: Raw) -> list[str]:
-    """What a text is cut by, in turn."""
-    found = []
-    for step in steps(definition["pre_tokenizer"]):
+def _split_patterns(definition: Raw) -> list[str]:
+    """The split patterns, in order."""
+    patterns = []
+    for step in flatten_steps(definition["pre_tokenizer"]):
         if step["type"] == "Split" and "Regex" in step["pattern"]:
-            found.append(step["pattern"]["Regex"])
+            patterns.append(step["pattern"]["Regex"])
         elif step["type"] == "ByteLevel" and step.get("use_regex", True):
-            found.append(GPT2)
+            patterns.append(GPT2)
         elif step["type"] == "Digits" and step.get("individual_digits"):
-            found.append(DIGIT)
-    return found
+            patterns.append(DIGIT)
+    return patterns
 
 
 def _merges(model: Raw) -> list[tuple[str, str]]:
@@ -85,53 +88,56 @@ def _merges(model: Raw) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _merged(definition: Raw) -> Raw:
-    """Byte-level pairs."""
-    model, patterns = definition["model"], tuple(_patterns(definition))
-    if any(step.get("add_prefix_space") for step in steps(definition["pre_tokenizer"])):
-        raise OneblockError("GGUF has no place for a tokenizer that puts a space before each text: use --no-tokenizer")
-    fitting = [name for name, cut in CUTS.items() if cut.patterns == patterns]
-    whole = [name for name in fitting if CUTS[name].whole == bool(model.get("ignore_merges"))]
+def _bpe_metadata(definition: Raw) -> Raw:
+    """The metadata of a byte-level BPE vocabulary."""
+    model, patterns = definition["model"], tuple(_split_patterns(definition))
+    if any(step.get("add_prefix_space") for step in flatten_steps(definition["pre_tokenizer"])):
+        raise OneblockError(
+            "GGUF cannot express a byte-level tokenizer with a prefix space; export with --no-tokenizer"
+        )
+    names = [name for name, pre in PRE_TOKENIZERS.items() if pre.patterns == patterns]
+    exact = [name for name in names if PRE_TOKENIZERS[name].ignore_merges == bool(model.get("ignore_merges"))]
     merges = [f"{left} {right}" for left, right in _merges(model)]
-    if not fitting and merges:
-        raise OneblockError(f"llama.cpp has no name for the pattern {str(patterns)[:60]}: use --no-tokenizer")
-    found: Raw = {GGML + "model": "gpt2", GGML + "pre": (whole or fitting or ["gpt-2"])[0]}
-    return found | ({GGML + "merges": merges} if merges else {})
+    if not names and merges:
+        raise OneblockError(f"llama.cpp has no name for the pattern {str(patterns)[:60]}; export with --no-tokenizer")
+    metadata: Raw = {GGML + "model": "gpt2", GGML + "pre": (exact or names or ["gpt-2"])[0]}
+    return metadata | ({GGML + "merges": merges} if merges else {})
 
 
-def _scored(definition: Raw, tokens: list[str]) -> Raw:
-    """SentencePiece's pairs: the earlier a merge, the higher its token's score."""
-    normalizers, cuts = list(steps(definition["normalizer"])), list(steps(definition["pre_tokenizer"]))
+def _sentencepiece_metadata(definition: Raw, tokens: list[str]) -> Raw:
+    """The metadata of a SentencePiece vocabulary: the earlier a merge, the higher its token's score."""
+    normalizers = list(flatten_steps(definition["normalizer"]))
     spaces = [s for s in normalizers if s["type"] == "Replace" and s.get("content") == SPACE]
-    meta = [s for s in cuts if s["type"] == "Metaspace"]
-    if not (spaces or meta) or any(s["type"] == "Precompiled" for s in normalizers):
-        raise OneblockError("GGUF has no place for this kind of tokenizer: export with --no-tokenizer")
-    order: dict[str, int] = {}
+    metaspace = [s for s in flatten_steps(definition["pre_tokenizer"]) if s["type"] == "Metaspace"]
+    if not (spaces or metaspace) or any(s["type"] == "Precompiled" for s in normalizers):
+        raise OneblockError("GGUF cannot express this kind of tokenizer; export with --no-tokenizer")
+    ranks: dict[str, int] = {}
     for left, right in _merges(definition["model"]):
-        order.setdefault(left + right, len(order))
-    scores = [-float(order[text]) if text in order else OUT_OF_REACH for text in tokens]
-    prefix = any(s["type"] == "Prepend" for s in normalizers) or any(s.get("prepend_scheme") != "never" for s in meta)
+        ranks.setdefault(left + right, len(ranks))
+    prefix = any(s["type"] == "Prepend" for s in normalizers)
+    prefix = prefix or any(s.get("prepend_scheme") != "never" for s in metaspace)
     squeeze = any(s["type"] == "Replace" and s["pattern"].get("Regex") == " {2,}" for s in normalizers)
-    found: Raw = {GGML + "model": "llama", GGML + "pre": "default", GGML + "scores": scores}
-    found[GGML + "add_space_prefix"] = prefix
-    return found | ({GGML + "remove_extra_whitespaces": True} if squeeze else {})
+    metadata: Raw = {GGML + "model": "llama", GGML + "pre": "default"}
+    metadata[GGML + "scores"] = [-float(ranks[text]) if text in ranks else UNREACHABLE for text in tokens]
+    metadata[GGML + "add_space_prefix"] = prefix
+    return metadata | ({GGML + "remove_extra_whitespaces": True} if squeeze else {})
 
 
-def _habits(tokenizer: Tokenizer) -> Raw:
-    """Roles, what begins and ends a text, chat templates."""
-    found: Raw = {}
+def _special_token_metadata(tokenizer: Tokenizer) -> Raw:
+    """The roles of tokens, which of them are added to a text, and the chat templates."""
+    metadata: Raw = {}
     for role, name in ROLES.items():
         text = read_token(tokenizer.config, f"{role}_token")
         id = None if text is None else tokenizer.backend.token_to_id(text)
         if id is not None:
-            found[f"{GGML}{name}_token_id"] = id
-    for name, id in zip(ENDS, tokenizer.eos_ids, strict=False):
-        found[f"{GGML}{name}_token_id"] = id
+            metadata[f"{GGML}{name}_token_id"] = id
+    for name, id in zip(EOS_ROLES, tokenizer.eos_ids, strict=False):
+        metadata[f"{GGML}{name}_token_id"] = id
     ids = tokenizer.encode("a")
-    found[GGML + "add_bos_token"] = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
-    found[GGML + "add_eos_token"] = bool(tokenizer.eos_ids) and ids[-1:] == [tokenizer.eos_ids[0]]
+    metadata[GGML + "add_bos_token"] = tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
+    metadata[GGML + "add_eos_token"] = bool(tokenizer.eos_ids) and ids[-1:] == [tokenizer.eos_ids[0]]
     if tokenizer.chat_template:
-        found[TEMPLATE] = tokenizer.chat_template
+        metadata[TEMPLATE] = tokenizer.chat_template
     if tokenizer.tool_template:
-        found |= {f"{TEMPLATE}.tool_use": tokenizer.tool_template, f"{TEMPLATE}s": ["tool_use"]}
-    return found
+        metadata |= {f"{TEMPLATE}.tool_use": tokenizer.tool_template, f"{TEMPLATE}s": ["tool_use"]}
+    return metadata
