@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,13 @@ def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
     for dtype in ("int8", "float33", "Tensor"):
         with pytest.raises(OneblockError, match=f"'{dtype}' is not supported; choose one of float64"):
             load_model(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["mps:7", "tpu", None, "meta", 3])
+def test_a_device_that_is_not_there(device: Any, tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path, FAMILIES["llama"]())
+    with pytest.raises(OneblockError, match=rf"^device '{device}' is not available here; available: cpu[^\n]*$"):
+        load_model(folder, device=device)
 
 
 # ------------------------------------------------------------------ names

@@ -167,8 +167,8 @@ def load_llm(loading: LoadingFlags, speculative: SpeculativeFlags, ranks: Proces
 
 def generate(options: GenerateOptions) -> None:
     """Run in this process, or on the ranks that torchrun has started; only rank 0 prints."""
-    from oneblock.infer.llm import check_device
     from oneblock.parallel.process_group import init_process_group
+    from oneblock.store.load import check_device
 
     check_device(options.loading.device)
     with (

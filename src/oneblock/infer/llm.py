@@ -42,7 +42,7 @@ from oneblock.parallel.process_group import ProcessGroup
 from oneblock.parallel.tensor_parallel import TensorParallel
 from oneblock.quant.quantize import bits_of, load_quantized, quantized, write_quantized
 from oneblock.spec import Spec
-from oneblock.store.load import Checkpoint
+from oneblock.store.load import Checkpoint, check_device
 from oneblock.store.name_tables import Layout
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
@@ -410,21 +410,6 @@ def load(
         checkpoint.model.to(device)
     optimize_for_cpu(checkpoint.model)
     return LLM(checkpoint.model, tokenizer, checkpoint.config, checkpoint.generation, checkpoint.layout)
-
-
-def check_device(device: object) -> torch.device:
-    """The device; OneblockError naming the available ones where this machine does not have it."""
-    available = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and torch.accelerator.is_available():
-        available += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
-    try:
-        checked = torch.device(device) if isinstance(device, str | torch.device) else None
-    except RuntimeError:
-        checked = None
-    if checked is None or str(checked) not in available:
-        raise OneblockError(f"device {str(device)!r} is not available here; available: {', '.join(available)}")
-    return checked
 
 
 def read_checkpoint(

@@ -67,7 +67,7 @@ def load_model(
     On the CPU, without a change of dtype, the weights are memory-mapped: pages are read when used and copied only
     when written to. OneblockError if the folder is not a complete, undamaged model.
     """
-    folder, on = Path(folder), as_device(device)
+    folder, on = Path(folder), check_device(device)
     spec, config = read_config(folder)
     if config.get("quantization_config"):
         raise OneblockError(f"{folder}: its weights are quantized, for inference only; give the model it was made from")
@@ -261,16 +261,19 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def as_device(name: str | torch.device) -> torch.device:
-    """A device by its name. OneblockError if this machine or this build of PyTorch does not have it."""
+def check_device(device: object) -> torch.device:
+    """The device; OneblockError naming the available ones where this machine does not have it."""
+    available = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.accelerator.is_available():
+        available += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
-        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise OneblockError(f"device {str(name)!r} is not available ({reason}); use {usable}") from None
-    return device
+        checked = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        checked = None
+    if checked is None or str(checked) not in available:
+        raise OneblockError(f"device {str(device)!r} is not available here; available: {', '.join(available)}")
+    return checked
 
 
 def fill_model(

@@ -18,8 +18,8 @@ from oneblock.store.gguf.header import Header, read_header
 from oneblock.store.gguf.tokenizer import eos_ids, read_tokenizer
 from oneblock.store.load import (
     Checkpoint,
-    as_device,
     build_on_meta,
+    check_device,
     check_tensors,
     choose_dtype,
     fill_model,
@@ -42,7 +42,7 @@ def load_gguf(
     None: the dtype of most weights; block-quantized ones count as bfloat16. Tensors are memory-mapped when layouts
     match, otherwise copied in chunks. OneblockError if the file is not a complete, undamaged model.
     """
-    path, on = Path(path), as_device(device)
+    path, on = Path(path), check_device(device)
     header = read_header(path)
     try:
         if header.metadata.get("split.count", 1) not in (0, 1):
