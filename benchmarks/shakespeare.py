@@ -28,7 +28,7 @@ import torch
 
 import peers
 from common import Row, Worker, arguments, measure_pairs, pair_row, report, row, seconds, serve
-from oneblock.data.packed import in_order
+from oneblock.data.packed import sequential_batches
 from oneblock.kernels.heap import reuse_memory
 from oneblock.parallel.world import World
 from oneblock.train.build import learner_for
@@ -90,7 +90,7 @@ def run_large(options: Train) -> list[Row]:
         if share >= 0.7 + 0.1 * len(found):
             with torch.compiler.set_stance("force_eager"):
                 assert job.val is not None
-                loss = evaluate(state.model, in_order(job.val, 256, 32), precision(options.loop))
+                loss = evaluate(state.model, sequential_batches(job.val, 256, 32), precision(options.loop))
             found.append((loss, (time.perf_counter() - began) / 60))
             print(f"{found[-1][1]:.1f} minutes, {state.tokens:,} tokens: {loss:.4f}", file=sys.stderr)
 
@@ -113,7 +113,7 @@ def run_ours(job: Job, options: Train) -> tuple[float, float]:
         took = seconds(lambda: train(state, batches, learner, *how))  # noqa: B023
     assert job.val is not None
     with torch.compiler.set_stance("force_eager"):
-        return took, evaluate(state.model, in_order(job.val, CONTEXT, 64), precision(options.loop))
+        return took, evaluate(state.model, sequential_batches(job.val, CONTEXT, 64), precision(options.loop))
 
 
 # ------------------------------------------------------------------ the peer
@@ -144,7 +144,7 @@ def run_peer(job: Job) -> tuple[float, float]:
     with torch.enable_grad():
         took = seconds(lambda: peer_train(model, ids))
     assert job.val is not None
-    parts = [(float(model(b.ids, b.targets)) * b.count, b.count) for b in in_order(job.val, CONTEXT, 64)]
+    parts = [(float(model(b.ids, b.targets)) * b.count, b.count) for b in sequential_batches(job.val, CONTEXT, 64)]
     return took, sum(p[0] for p in parts) / sum(p[1] for p in parts)
 
 

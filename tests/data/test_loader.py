@@ -1,4 +1,4 @@
-"""Batches in the background are the batches in the foreground, whatever the ranks and workers."""
+"""Worker processes give the same batches as none, for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oneblock.data import loader as loaders
-from oneblock.data.loader import Loader
+from oneblock.data.loader import BatchLoader
 from oneblock.data.packed import PackedDataset
 from oneblock.errors import OneblockError
 
@@ -28,7 +28,7 @@ def order(samples: int, epochs: int, ranks: int, workers: int) -> list[int]:
     assert rows.sources[0].rows == samples // epochs
     found: list[list[int]] = [[] for _ in range(samples // 40)]
     for rank in range(ranks):
-        with Loader(rows, rank, ranks, workers) as load:
+        with BatchLoader(rows, rank, ranks, workers) as load:
             for n in range(samples // 40):
                 found[n] += load(n).ids[:, 0].tolist()
     return [i for batch in found for i in batch]
@@ -48,20 +48,20 @@ def test_the_order_is_the_same_with_any_ranks_and_workers() -> None:
     check(100_080, 3)
 
 
-def test_it_goes_on_from_anywhere() -> None:
+def test_it_resumes_from_any_batch() -> None:
     rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
-    with Loader(rows, workers=1) as load:
+    with BatchLoader(rows, workers=1) as load:
         for n in (5, 6, 7, 3, 4, 100, 101):
             assert torch.equal(load(n).ids, rows.batch(n).ids)
 
 
 def test_a_worker_that_dies_ends_in_one_line() -> None:
     rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
-    with Loader(rows, workers=1) as load:
+    with BatchLoader(rows, workers=1) as load:
         load(0)
         os.kill(load.stream._workers[0].pid, signal.SIGKILL)
         began = time.monotonic()
-        with pytest.raises(OneblockError, match="loader worker died"):
+        with pytest.raises(OneblockError, match="data worker died"):
             for n in range(1, 100):
                 load(n)
         assert time.monotonic() - began < 60
@@ -69,9 +69,9 @@ def test_a_worker_that_dies_ends_in_one_line() -> None:
 
 
 def test_a_worker_that_hangs_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "PATIENCE", 1.0)
+    monkeypatch.setattr(loaders, "TIMEOUT", 1.0)
     rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
-    with Loader(rows, workers=1) as load:
+    with BatchLoader(rows, workers=1) as load:
         load(0)
         os.kill(load.stream._workers[0].pid, signal.SIGSTOP)
         with pytest.raises(OneblockError, match="died or hangs"):
@@ -79,7 +79,7 @@ def test_a_worker_that_hangs_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -
                 load(n)
 
 
-def test_a_batch_that_does_not_divide_is_told_at_once() -> None:
+def test_an_indivisible_batch_size_is_refused_at_once() -> None:
     rows = PackedDataset(np.arange(1000, dtype=np.uint16), 8, 6, seed=0)
-    with pytest.raises(OneblockError, match="6 rows does not divide by 4 ranks"):
-        Loader(rows, 0, 4)
+    with pytest.raises(OneblockError, match="batch size 6 is not divisible by 4"):
+        BatchLoader(rows, 0, 4)

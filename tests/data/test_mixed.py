@@ -1,4 +1,4 @@
-"""Many parts, many texts, documents in a row: what a batch is made of."""
+"""Batches from several parts, several sources, and packed documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneblock.data.packed import BLOCK, IGNORE, Batch, PackedDataset, counts, in_order, shares
+from oneblock.data.packed import (
+    IGNORE_INDEX,
+    MIX_BLOCK,
+    Batch,
+    PackedDataset,
+    normalize_weights,
+    rows_per_source,
+    sequential_batches,
+)
 from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, init_weights
@@ -27,7 +35,7 @@ def test_parts_read_as_one(sizes: list[int], length: int, data: st.DataObject) -
     tokens = Tokens(parts)
     assert len(tokens) == len(whole)
     starts = np.array(data.draw(st.lists(st.integers(0, len(whole) - length), min_size=1, max_size=4)))
-    assert tokens.take(starts, length).tolist() == [list(range(s, s + length)) for s in starts]
+    assert tokens.gather_rows(starts, length).tolist() == [list(range(s, s + length)) for s in starts]
 
 
 def test_shards_give_the_batches_of_one_array() -> None:
@@ -49,17 +57,17 @@ def test_ranks_share_a_batch(ranks: int) -> None:
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(OneblockError, match="batch of 6 rows does not divide by 4 ranks"):
+    with pytest.raises(OneblockError, match="batch size 6 is not divisible by 4 data-parallel ranks"):
         PackedDataset(TEXT, 16, 6, seed=0).batch(0, 1, 4)
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 10**7))
 def test_shares_are_met_at_every_point(weights: list[float], rows: int) -> None:
-    found = shares(weights, len(weights))
-    taken = counts(found, rows)
+    shares = normalize_weights(weights, len(weights))
+    taken = rows_per_source(shares, rows)
     assert taken.sum() == rows
-    assert np.abs(taken - found * rows).max() <= 1.0
-    assert (counts(found, rows + BLOCK) >= taken).all()
+    assert np.abs(taken - shares * rows).max() <= 1.0
+    assert (rows_per_source(shares, rows + MIX_BLOCK) >= taken).all()
 
 
 def test_a_mixture_is_pure_and_repeats_nothing_within_a_texts_epoch() -> None:
@@ -78,16 +86,16 @@ def test_a_mixture_is_pure_and_repeats_nothing_within_a_texts_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "message"),
     [
-        ([1.0], "1 weights for 2 texts"),
-        ([1.0, -1.0], "no shares"),
-        ([0.0, 0.0], "no shares"),
-        ([1, float("nan")], "no"),
+        ([1.0], "1 weights for 2 data sources"),
+        ([1.0, -1.0], "weights is -1.0, but it must be at least 0"),
+        ([0.0, 0.0], "all 0"),
+        ([1, float("nan")], "weights is nan"),
     ],
 )
-def test_weights_that_are_none(weights: list[float], said: str) -> None:
-    with pytest.raises(OneblockError, match=said):
+def test_invalid_weights(weights: list[float], message: str) -> None:
+    with pytest.raises(OneblockError, match=message):
         PackedDataset([Tokens([TEXT]), Tokens([TEXT])], 16, 2, seed=0, weights=weights)
 
 
@@ -103,8 +111,8 @@ def documents() -> Tokens:
 
 def test_documents_by_hand() -> None:
     text = documents()
-    batch = next(in_order(text, 12, 1, documents=True))
-    ids = text.take(np.array([0]), 13)[0].tolist()
+    batch = next(sequential_batches(text, 12, 1, documents=True))
+    ids = text.read(0, 13).tolist()
     assert batch.ids.tolist() == [ids[:12]]
     assert batch.documents is not None
     assert batch.positions is not None
@@ -112,29 +120,29 @@ def test_documents_by_hand() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 0]]
     expected = list(ids[1:])
     for end in (3, 10, 11):
-        expected[end - 1] = IGNORE
+        expected[end - 1] = IGNORE_INDEX
     assert batch.targets.tolist() == [expected]
     assert batch.count == 12 - 3
 
 
-def test_a_row_that_begins_inside_a_document_counts_from_there() -> None:
-    document, position = documents().documents(np.array([5, 31]), 8)
+def test_positions_of_a_row_that_starts_inside_a_document() -> None:
+    document, position = documents().document_positions(np.array([5, 31]), 8)
     assert document.tolist() == [[0, 0, 0, 0, 0, 1, 2, 2], [0] * 8]
     assert position.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1], list(range(8))]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_packed_documents_are_each_alone(family: str) -> None:
-    """Logits and loss of a packed row are those of its documents one at a time."""
+def test_packed_documents_equal_separate_documents(family: str) -> None:
+    """Logits and loss of a packed row equal those of its documents one at a time."""
     model = Decoder(get_spec(family, vocab=50, dim=16, n_layers=2, n_heads=2, context=64))
     init_weights(model, 0)
     text = documents()
-    packed = next(in_order(text, 63, 1, documents=True))
+    packed = next(sequential_batches(text, 63, 1, documents=True))
     with torch.no_grad():
         logits = model(packed.ids, positions=packed.positions, documents=packed.documents)
         loss, total = next_token(model, packed), 0.0
         for start, end in zip([0, *ENDS[:-1]], ENDS, strict=True):
-            ids = torch.from_numpy(text.take(np.array([start]), int(end - start)))
+            ids = torch.from_numpy(text.gather_rows(np.array([start]), int(end - start)))
             here = slice(int(start), min(int(end), 63))
             torch.testing.assert_close(logits[:, here], model(ids)[:, : here.stop - here.start], atol=1e-5, rtol=1e-5)
             if end - start > 1:
@@ -148,9 +156,9 @@ def test_a_slice_keeps_its_documents() -> None:
     assert len(text) == 35
     assert text.ends is not None
     assert text.ends.tolist() == [5, 6, 25, 35]
-    assert text.take(np.array([0]), 35).tolist() == documents().take(np.array([5]), 35).tolist()
+    assert text.read(0, 35).tolist() == documents().read(5, 35).tolist()
 
 
 def test_text_without_documents() -> None:
-    with pytest.raises(OneblockError, match="does not say where its documents end"):
+    with pytest.raises(OneblockError, match="no document boundaries"):
         PackedDataset(TEXT, 16, 2, seed=0, documents=True)

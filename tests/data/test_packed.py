@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oneblock.data.packed import PackedDataset, in_order
+from oneblock.data.packed import PackedDataset, sequential_batches
 from oneblock.errors import OneblockError
 
-TEXT = np.arange(1000, dtype=np.uint16)  # the id at each place is the place
+TEXT = np.arange(1000, dtype=np.uint16)  # each id is its own position
 
 
 def starts(rows: PackedDataset, batches: range) -> list[int]:
@@ -55,7 +56,7 @@ def test_epochs_differ_in_order_and_cut() -> None:
 
 
 def test_validation_sees_every_token_once() -> None:
-    batches = list(in_order(TEXT[:103], 10, 4))
+    batches = list(sequential_batches(TEXT[:103], 10, 4))
     targets = torch.cat([b.targets.flatten() for b in batches]).tolist()
     assert targets == list(range(1, 103))
     assert sum(b.count for b in batches) == 102
@@ -65,3 +66,17 @@ def test_text_shorter_than_a_row() -> None:
     assert PackedDataset(TEXT[:17], 16, 2, seed=0).batch(3).ids.tolist() == [list(range(16))] * 2
     with pytest.raises(OneblockError, match="smaller --context"):
         PackedDataset(TEXT[:16], 16, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 0}, "length is 0, but it must be at least 1"),
+        ({"batch_size": -1}, "batch_size is -1, but it must be at least 1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808, but it must be at least 0 and at most"),
+        ({"weights": [float("inf")]}, "weights is inf, but it must be at least 0"),
+    ],
+)
+def test_numbers_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OneblockError, match=message):
+        PackedDataset(TEXT, **({"length": 16, "batch_size": 2, "seed": 0} | changes))

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from oneblock.cli import main
-from oneblock.data import prepare as preparing
-from oneblock.data.prepare import Plan, held_out, prepare
-from oneblock.data.shards import open_all, read_shards
-from oneblock.data.sources import Reading
+from oneblock.data import documents
+from oneblock.data.documents import DocumentFormat
+from oneblock.data.prepare import PrepareOptions, is_held_out, prepare_shards
+from oneblock.data.shards import read_shard_folder, read_shard_folders
+from oneblock.data.tokens import id_dtype
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
 from oneblock.store import manifest
@@ -30,8 +31,8 @@ def lines(path: Path, texts: list[str] = TEXTS, field: str = "text") -> Path:
     return path
 
 
-def plan(*sources: Path | str, **changes: object) -> Plan:
-    return Plan(tuple(map(str, sources)), **changes)  # type: ignore[arg-type]
+def settings(*sources: Path | str, **changes: object) -> PrepareOptions:
+    return PrepareOptions(tuple(map(str, sources)), **changes)  # type: ignore[arg-type]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -40,11 +41,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def contents(folder: Path) -> list[str]:
     """The documents of a prepared folder, decoded."""
-    found = read_shards(folder)
+    found = read_shard_folder(folder)
     ids, tokenizer = found.open(), found.tokenizer
     assert ids.ends is not None
     bounds = zip([0, *ids.ends[:-1]], ids.ends, strict=True)
-    return [tokenizer.decode(ids.run(int(a), int(b - a)).tolist()) for a, b in bounds]
+    return [tokenizer.decode(ids.read(int(a), int(b - a)).tolist()) for a, b in bounds]
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -64,19 +65,19 @@ def test_every_source_gives_its_documents(tmp_path: Path) -> None:
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(lines(tmp_path / "b.jsonl").read_bytes()))
     sources = (plain, tmp_path / "b.jsonl", packed)
-    prepare(plan(*sources, reading=Reading(separator="<|>")), byte_level(), tmp_path / "out", 1)
+    prepare_shards(settings(*sources, layout=DocumentFormat(separator="<|>")), byte_level(), tmp_path / "out", 1)
     assert contents(tmp_path / "out") == ["first", "second", "third", *TEXTS, *TEXTS]
-    assert read_shards(tmp_path / "out").documents == 403
+    assert read_shard_folder(tmp_path / "out").documents == 403
 
 
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"body": TEXTS, "n": list(range(200))}), tmp_path / "a.parquet")
-    prepare(plan(tmp_path / "a.parquet", reading=Reading("body")), byte_level(), tmp_path / "out", 1)
+    prepare_shards(settings(tmp_path / "a.parquet", layout=DocumentFormat("body")), byte_level(), tmp_path / "out", 1)
     assert contents(tmp_path / "out") == TEXTS
     with pytest.raises(OneblockError, match="no text in 'text'"):
-        prepare(plan(tmp_path / "a.parquet"), byte_level(), tmp_path / "other", 1)
+        prepare_shards(settings(tmp_path / "a.parquet"), byte_level(), tmp_path / "other", 1)
 
 
 @pytest.mark.filterwarnings("ignore")  # of that library's own
@@ -84,26 +85,26 @@ def test_a_data_set_by_name(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="the library for data sets by name is not installed")
     (tmp_path / "set").mkdir()
     lines(tmp_path / "set" / "train.jsonl")
-    prepare(plan(f"hf:{tmp_path / 'set'}"), byte_level(), tmp_path / "out", 1)
+    prepare_shards(settings(f"hf:{tmp_path / 'set'}"), byte_level(), tmp_path / "out", 1)
     assert contents(tmp_path / "out") == TEXTS
     with pytest.raises(OneblockError, match="cannot open the data set"):
-        prepare(plan(f"hf:{tmp_path / 'set'}:default:test"), byte_level(), tmp_path / "other", 1)
+        prepare_shards(settings(f"hf:{tmp_path / 'set'}:default:test"), byte_level(), tmp_path / "other", 1)
 
 
 def test_in_parallel_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "CHUNK", 500)
+    monkeypatch.setattr(documents, "CHUNK", 500)
     source = lines(tmp_path / "a.jsonl")
     for workers in (1, 3):
-        prepare(plan(source, shard_tokens=1000), byte_level(), tmp_path / f"out{workers}", workers)
+        prepare_shards(settings(source, shard_tokens=1000), byte_level(), tmp_path / f"out{workers}", workers)
     assert files(tmp_path / "out1") == files(tmp_path / "out3")
     assert len(list((tmp_path / "out1").glob("*.bin"))) > 3
 
 
 def test_documents_are_held_out_by_their_number(tmp_path: Path) -> None:
     source = lines(tmp_path / "a.jsonl")
-    made = plan(source, val_share=0.2, seed=3, shard_tokens=500)
-    prepare(made, byte_level(), tmp_path / "out", 1)
-    expected = [text for i, text in enumerate(TEXTS) if held_out(i, made)]
+    made = settings(source, val_share=0.2, seed=3, shard_tokens=500)
+    prepare_shards(made, byte_level(), tmp_path / "out", 1)
+    expected = [text for i, text in enumerate(TEXTS) if is_held_out(i, made)]
     assert 20 < len(expected) < 60
     assert contents(tmp_path / "out" / "val") == expected
     assert contents(tmp_path / "out") == [text for text in TEXTS if text not in expected]
@@ -111,10 +112,10 @@ def test_documents_are_held_out_by_their_number(tmp_path: Path) -> None:
 
 def test_the_end_of_text_follows_each_document(tmp_path: Path) -> None:
     tokenizer = train_bpe(TEXTS, 300)
-    prepare(plan(lines(tmp_path / "a.jsonl")), tokenizer, tmp_path / "out", 1)
-    ids = read_shards(tmp_path / "out").open()
+    prepare_shards(settings(lines(tmp_path / "a.jsonl")), tokenizer, tmp_path / "out", 1)
+    ids = read_shard_folder(tmp_path / "out").open()
     assert ids.ends is not None
-    assert set(ids.take(ids.ends - 1, 1)[:, 0]) == {tokenizer.eos_ids[0]}
+    assert set(ids.gather_rows(ids.ends - 1, 1)[:, 0]) == {tokenizer.eos_ids[0]}
 
 
 # ------------------------------------------------------------------ killed, damaged
@@ -122,14 +123,14 @@ def test_the_end_of_text_follows_each_document(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from oneblock.data.prepare import Plan, prepare
+from oneblock.data.prepare import PrepareOptions, prepare_shards
 from oneblock.text.train import byte_level
 source, out = sys.argv[1:]
 def report(documents, tokens):
     if documents % 10 == 0:
         time.sleep(0.02)
         print(documents, flush=True)
-prepare(Plan((source,), shard_tokens=900, val_share=0.1), byte_level(), Path(out), 1, report)
+prepare_shards(PrepareOptions((source,), shard_tokens=900, val_share=0.1), byte_level(), Path(out), 1, report)
 """
 
 
@@ -144,29 +145,29 @@ def test_a_killed_job_goes_on_to_the_same_bytes(after: int, tmp_path: Path) -> N
                 process.send_signal(signal.SIGKILL)
                 break
     assert not (tmp_path / "out" / manifest.MANIFEST).exists()
-    with pytest.raises(OneblockError, match="begun with other files or settings"):
-        prepare(plan(source, shard_tokens=901, val_share=0.1), byte_level(), tmp_path / "out", 1)
+    with pytest.raises(OneblockError, match="begun with other files or options"):
+        prepare_shards(settings(source, shard_tokens=901, val_share=0.1), byte_level(), tmp_path / "out", 1)
     counted: list[int] = []
-    made = plan(source, shard_tokens=900, val_share=0.1)
-    prepare(made, byte_level(), tmp_path / "out", 1, lambda documents, tokens: counted.append(documents))
+    made = settings(source, shard_tokens=900, val_share=0.1)
+    prepare_shards(made, byte_level(), tmp_path / "out", 1, lambda documents, tokens: counted.append(documents))
     assert len(counted) < 200  # what was done is not done again
-    prepare(made, byte_level(), tmp_path / "whole", 1)
+    prepare_shards(made, byte_level(), tmp_path / "whole", 1)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     with pytest.raises(OneblockError, match="prepared already"):
-        prepare(made, byte_level(), tmp_path / "out", 1)
+        prepare_shards(made, byte_level(), tmp_path / "out", 1)
 
 
 def test_damage_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    prepare(plan(lines(tmp_path / "a.jsonl"), shard_tokens=1000), byte_level(), out, 1)
+    prepare_shards(settings(lines(tmp_path / "a.jsonl"), shard_tokens=1000), byte_level(), out, 1)
     assert main(["data", "verify", str(out)]) == 0
     shard = out / "shard-00001.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
     assert "shard-00001.bin is damaged" in fails(["data", "verify", str(out)], capsys)
     shard.write_bytes(whole[:-2])
-    with pytest.raises(OneblockError, match=r"shard-00001.bin is missing or cut short"):
-        read_shards(out).open()
+    with pytest.raises(OneblockError, match=r"shard-00001.bin is missing or truncated"):
+        read_shard_folder(out).open()
     (out / manifest.MANIFEST).write_text("{}")
     assert "manifest.json is damaged" in fails(["data", "show", str(out)], capsys)
 
@@ -182,7 +183,7 @@ QUICK = [*TINY, "--steps", "4", "--warmup", "1", "--no-tensorboard", "--sample-t
 def prepared(tmp_path: Path) -> tuple[Path, Path]:
     """Two folders with one tokenizer; the second keeps documents for validation."""
     for name, share in (("a", 0.0), ("b", 0.2)):
-        prepare(plan(lines(tmp_path / f"{name}.jsonl"), val_share=share), byte_level(), tmp_path / name, 1)
+        prepare_shards(settings(lines(tmp_path / f"{name}.jsonl"), val_share=share), byte_level(), tmp_path / name, 1)
     return tmp_path / "a", tmp_path / "b"
 
 
@@ -203,46 +204,62 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     a, b = map(str, prepared)
     other = tmp_path / "other"
-    prepare(plan(tmp_path / "a.jsonl"), train_bpe(TEXTS, 300), other, 1)
+    prepare_shards(settings(tmp_path / "a.jsonl"), train_bpe(TEXTS, 300), other, 1)
     text = tmp_path / "text.txt"
     text.write_text("some text")
 
-    def said(*argv: str) -> str:
+    def error_of(*argv: str) -> str:
         return fails(["train", *argv, *QUICK], capsys)
 
-    mixed = said("--data", a, str(other))
+    mixed = error_of("--data", a, str(other))
     assert "different tokenizers" in mixed and "256 tokens" in mixed and "300" in mixed
-    assert "another tokenizer (256 tokens)" in said("--data", a, "--tokenizer", str(other / "tokenizer"))
-    assert "3 weights for 2 texts" in said("--data", a, b, "--weights", "1", "1", "1")
-    assert "is prepared data" in said("--data", a, str(text))
-    assert "--weights are for" in said("--data", str(text), "--weights", "1")
-    assert "no shares" in said("--data", a, b, "--weights", "0", "0")
+    assert "another tokenizer (256 tokens)" in error_of("--data", a, "--tokenizer", str(other / "tokenizer"))
+    assert "3 weights for 2 data sources" in error_of("--data", a, b, "--weights", "1", "1", "1")
+    assert "is prepared data" in error_of("--data", a, str(text))
+    assert "--weights are for" in error_of("--data", str(text), "--weights", "1")
+    assert "all 0" in error_of("--data", a, b, "--weights", "0", "0")
 
 
 @pytest.mark.parametrize(
-    ("content", "argv", "said"),
+    ("content", "argv", "message"),
     [
         ('{"text": "a"}\n{"text": ""}\n', [], "document 2 is empty"),
         ('{"text": "a"}\n{"body": "b"}\n', [], "line 2 has no text in 'text' (it has body)"),
-        ('{"text": "a"}\nno\n', [], "line 2 is no JSON"),
-        ('{"text": ""}\n', ["--skip-empty"], "no documents to learn from"),
-        ('{"text": "a"}\n', ["--shard-tokens", "0"], "--shard-tokens must be at least 1"),
+        ('{"text": "a"}\nno\n', [], "line 2 is not valid JSON"),
+        ('{"text": ""}\n', ["--skip-empty"], "no documents to train on"),
         ('{"text": "a"}\n', ["--tokenizer", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_sources(
-    content: str, argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     base = ["data", "prepare", "--data", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes", "--workers", "1"]
-    assert said in fails([*base, "--out", str(tmp_path / "out"), *argv], capsys)
+    assert message in fails([*base, "--out", str(tmp_path / "out"), *argv], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("shard-tokens", "0"), ("workers", "-1"), ("workers", "99999"), ("val-share", "1.0")],
+        *[("val-share", "nan"), ("seed", "-1"), ("seed", str(2**63))],
+    ],
+)
+def test_numbers_out_of_range(flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["data", "prepare", "--data", "a.txt", "--tokenizer", "bytes", "--out", str(tmp_path / "o")]
+    assert main([*argv, f"--{flag}", value]) == 2
+    assert f"{flag.replace('-', '_')} is {value}, but it must be" in capsys.readouterr().err
+    with pytest.raises(OneblockError, match="must be at least"):
+        if flag == "workers":
+            prepare_shards(settings("a.txt"), byte_level(), tmp_path / "o", int(value) if value != "-1" else 0)
+        settings("a.txt", **{flag.replace("-", "_"): float(value) if flag == "val-share" else int(value)})
 
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean show?" in fails(["data", "shwo"], capsys)
     assert "needs --data FILES" in fails(["data", "prepare"], capsys)
     assert "needs a folder" in fails(["data", "show"], capsys)
-    assert "no prepared data" in fails(["data", "verify", str(tmp_path)], capsys)
+    assert "has no prepared data" in fails(["data", "verify", str(tmp_path)], capsys)
     argv = ["data", "prepare", "--data", str(tmp_path / "no.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "o")]
     assert "cannot read" in fails(argv, capsys)
 
@@ -256,13 +273,13 @@ def test_show(prepared: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    assert preparing.dtype_for(65_536) == "uint16"
-    assert preparing.dtype_for(65_537) == "uint32"
-    found, tokenizer = open_all([_made(tmp_path)])
+    assert id_dtype(65_536) == "uint16"
+    assert id_dtype(65_537) == "uint32"
+    found, tokenizer = read_shard_folders([_made(tmp_path)])
     assert found[0].vocab == tokenizer.vocab_size
     assert found[0].open().parts[0].dtype == np.dtype("uint16")
 
 
 def _made(tmp_path: Path) -> Path:
-    prepare(plan(lines(tmp_path / "a.jsonl")), byte_level(), tmp_path / "out", 1)
+    prepare_shards(settings(lines(tmp_path / "a.jsonl")), byte_level(), tmp_path / "out", 1)
     return tmp_path / "out"

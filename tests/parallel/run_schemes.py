@@ -12,8 +12,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from oneblock.data.batch_shards import deal_batches
-from oneblock.data.loader import Loader
-from oneblock.data.packed import PackedDataset, in_order
+from oneblock.data.loader import BatchLoader
+from oneblock.data.packed import PackedDataset, sequential_batches
 from oneblock.data.tokens import Tokens
 from oneblock.model import Decoder, init_weights
 from oneblock.parallel.mesh import parse_mesh
@@ -46,7 +46,7 @@ def run(world: World, family: str) -> tuple[State, list[list[float]]]:
     """Return the state after the last step, and the loss, gradient norm and tokens of every step."""
     state = build_state(world, family)
     learner = wrap_ddp(learner_for(state.model, LOOP, Objective(load_balancing_weight=0.1), None, world), world)
-    batches = Loader(PackedDataset(TEXT, 32, LOOP.batch_size, 0), world.data_rank, world.data_ranks)
+    batches = BatchLoader(PackedDataset(TEXT, 32, LOOP.batch_size, 0), world.data_rank, world.data_ranks)
     rows: list[list[float]] = []
 
     def observe(state: State, metrics: Metrics) -> None:
@@ -58,7 +58,7 @@ def run(world: World, family: str) -> tuple[State, list[list[float]]]:
 
 def validation_loss(world: World, state: State) -> float:
     """Return the loss on a text whose last batches are fewer than the ranks and whose last row is short."""
-    batches = deal_batches(in_order(Tokens([TEXT.run(0, 32 * 2 * 4 + 18)]), 32, 2), world)
+    batches = deal_batches(sequential_batches(Tokens([TEXT.read(0, 32 * 2 * 4 + 18)]), 32, 2), world)
     loss = evaluate(state.model, batches, precision(LOOP), total=world.all_reduce_sum)
     reshard(state.model)
     return loss

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from oneblock.data.packed import Batch, PackedDataset, in_order
+from oneblock.data.packed import Batch, PackedDataset, sequential_batches
 from oneblock.errors import OneblockError
 from oneblock.kernels.compiler import compiler_found
 from oneblock.model import Decoder, Dropout, init_weights
@@ -91,7 +91,7 @@ def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
     parts = [state.model(ids[:, i : i + 12]).log_softmax(-1)[0] for i in range(0, 40, 12)]
     rows = torch.cat(parts)[:40]
     exact = -rows[torch.arange(40), ids[0, 1:]].mean()
-    found = evaluate(state.model, in_order(TEXT[:41], 12, 2), precision(LOOP))
+    found = evaluate(state.model, sequential_batches(TEXT[:41], 12, 2), precision(LOOP))
     assert found == pytest.approx(float(exact.detach()), abs=1e-5)
 
 

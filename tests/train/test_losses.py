@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneblock.data.packed import IGNORE, Batch
+from oneblock.data.packed import IGNORE_INDEX, Batch
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
 from oneblock.parallel.world import World
@@ -37,14 +37,14 @@ def decoder(family: str = "llama", **changes: object) -> Decoder:
 def batch(model: Decoder, rows: int = 3, length: int = 16) -> Batch:
     ids = torch.randint(model.spec.vocab, (rows, length + 1), generator=torch.Generator().manual_seed(2))
     targets = ids[:, 1:].clone()
-    targets[0, 3:7] = IGNORE
-    return Batch(ids[:, :-1], targets, int((targets != IGNORE).sum()))
+    targets[0, 3:7] = IGNORE_INDEX
+    return Batch(ids[:, :-1], targets, int((targets != IGNORE_INDEX).sum()))
 
 
 def written_out(model: Decoder, x: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     logits = model.logits(x).flatten(0, 1).float()
-    entropy = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
-    sums = logits.logsumexp(-1)[targets.flatten() != IGNORE]
+    entropy = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
+    sums = logits.logsumexp(-1)[targets.flatten() != IGNORE_INDEX]
     return entropy + z_loss * sums.square().mean(), entropy
 
 
@@ -104,9 +104,9 @@ def test_ragged_batches_weigh_by_tokens() -> None:
     """Gradients of two batches of unlike size in one step are those of both at once."""
     whole = decoder()
     data = batch(whole, rows=4)
-    data.targets[2:, 2:] = IGNORE
+    data.targets[2:, 2:] = IGNORE_INDEX
     halves = [Batch(data.ids[i : i + 2], data.targets[i : i + 2], 0) for i in (0, 2)]
-    halves = [Batch(h.ids, h.targets, int((h.targets != IGNORE).sum())) for h in halves]
+    halves = [Batch(h.ids, h.targets, int((h.targets != IGNORE_INDEX).sum())) for h in halves]
     assert halves[0].count > 3 * halves[1].count
     large = Batch(data.ids, data.targets, sum(h.count for h in halves))
     grads = []

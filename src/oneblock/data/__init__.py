@@ -1,1 +1,1 @@
-"""Text to ids to batches; batch n is a pure function of (seed, n)."""
+"""Documents to token shards to batches; batch n is a pure function of (seed, n)."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneblock.data.packed import IGNORE, Batch
+from oneblock.data.packed import IGNORE_INDEX, Batch
 from oneblock.parallel.world import World
 
 
@@ -29,7 +29,7 @@ def shard_batch(batch: Batch, world: World) -> Batch:
         ids, targets = batch.ids[:, columns], batch.targets[:, columns]
         batch = replace(batch, ids=ids, targets=targets, positions=columns[None])
     targets = batch.targets.chunk(mesh.tp, 1)[world.coordinates["tp"]]
-    return replace(batch, targets=targets, count=int((targets != IGNORE).sum()))
+    return replace(batch, targets=targets, count=int((targets != IGNORE_INDEX).sum()))
 
 
 def deal_batches(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
@@ -49,10 +49,10 @@ def zigzag_positions(length: int, rank: int, ranks: int) -> Tensor:
 def pad_rows(batch: Batch, multiple: int) -> Batch:
     """Pad rows at the end to a multiple of that many tokens; earlier tokens do not attend to padding."""
     missing = -batch.ids.shape[1] % multiple
-    fills = {"ids": 0, "targets": IGNORE, "documents": -1, "positions": 0}
+    fills = {"ids": 0, "targets": IGNORE_INDEX, "documents": -1, "positions": 0}
     tensors = {name: x for name in fills if isinstance(x := getattr(batch, name), Tensor)}
     return replace(batch, **{name: F.pad(x, (0, missing), value=fills[name]) for name, x in tensors.items()})
 
 
 def without_targets(batch: Batch) -> Batch:
-    return replace(batch, targets=torch.full_like(batch.targets, IGNORE), count=0)
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORE_INDEX), count=0)

@@ -1,4 +1,4 @@
-"""`oneblock data`: prepare text as token shards, check them, look at them."""
+"""`oneblock data`: tokenize text into shards, verify shards, show their statistics."""
 
 from __future__ import annotations
 
@@ -8,72 +8,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
-from oneblock.config import nearest
+from oneblock.config import SEED, Range, check_ranges, nearest
 from oneblock.errors import OneblockError
 
 if TYPE_CHECKING:
     from oneblock.data.prepare import Report
-    from oneblock.data.shards import Shards
+    from oneblock.data.shards import ShardFolder
     from oneblock.text import Tokenizer
-
-ACTIONS = ("prepare", "verify", "show")
 
 
 @dataclass(frozen=True)
-class Data:
-    """Prepare text for training (--data FILES --tokenizer FOLDER --out FOLDER), verify prepared data, or show it."""
+class DataOptions:
+    """Tokenize text into shards for training, verify shards, or show their statistics."""
 
     action: Positional[str]  # prepare, verify or show
-    folder: Positional[Path | None] = None  # verify, show: prepared data
-    data: tuple[str, ...] = ()  # prepare: .txt, .jsonl, .jsonl.gz, .parquet, or hf:NAME[:CONFIG[:SPLIT]]
-    tokenizer: str = ""  # prepare: a folder with a tokenizer, or bytes
-    out: Path | None = None  # prepare: the new folder; the same again goes on with a job that was stopped
-    field: str = "text"  # of a line or row, that has the document
-    separator: str = ""  # between documents of a text file; without it each file is one
-    shard_tokens: int = 100_000_000
-    workers: int = 0  # processes that tokenise; 0: as many as there are cores
-    val_share: float = 0.0  # of the documents, kept apart in OUT/val
-    skip_empty: bool = False  # pass over documents without text, instead of stopping
-    seed: int = 0  # of which documents are kept apart
-    json: bool = False  # verify, show: print as JSON
+    folder: Positional[Path | None] = None  # verify, show: folder of prepared data
+    data: tuple[str, ...] = ()  # prepare: .txt, .jsonl, .jsonl.gz or .parquet files, or hf:NAME[:CONFIG[:SPLIT]]
+    tokenizer: str = ""  # prepare: folder with a tokenizer, or bytes
+    out: Path | None = None  # prepare: new folder; the same options and folder resume a stopped job
+    text_field: str = "text"  # prepare: field of a JSON line, or column of a table, with the document
+    separator: str = ""  # prepare: string between the documents of a text file; default: the file is one document
+    shard_tokens: Annotated[int, Range(low=1)] = 100_000_000  # prepare: tokens of a shard
+    workers: Annotated[int, Range(low=0, high=1024)] = 0  # prepare: processes that tokenize; 0: one for each core
+    val_share: Annotated[float, Range(low=0, below=1)] = 0.0  # prepare: share of the documents held out in OUT/val
+    skip_empty: bool = False  # prepare: skip documents without text instead of stopping
+    seed: Annotated[int, SEED] = 0  # prepare: seed of the held-out documents
+    json: bool = False  # verify, show: print JSON
+
+    __post_init__ = check_ranges
 
 
-def data(options: Data) -> None:
-    """Prepare, verify or show."""
+def data(options: DataOptions) -> None:
+    """Run the command."""
     actions = {"prepare": prepare_data, "verify": verify_data, "show": show_data}
     if options.action not in actions:
-        hint = nearest(options.action, actions) or f": say {', '.join(actions)}"
-        raise OneblockError(f"oneblock data has no {options.action!r}{hint}")
+        hint = nearest(options.action, actions) or f": use {', '.join(actions)}"
+        raise OneblockError(f"oneblock data has no action {options.action!r}{hint}")
     actions[options.action](options)
 
 
-# ------------------------------------------------------------------ prepare
-
-
-def prepare_data(options: Data) -> None:
-    from oneblock.data.prepare import Plan, prepare
-    from oneblock.data.shards import read_shards
-    from oneblock.data.sources import Reading
+def prepare_data(options: DataOptions) -> None:
+    from oneblock.data.documents import DocumentFormat
+    from oneblock.data.prepare import PrepareOptions, prepare_shards
+    from oneblock.data.shards import read_shard_folder
 
     if not options.data or options.out is None or not options.tokenizer:
         raise OneblockError("oneblock data prepare needs --data FILES, --tokenizer FOLDER (or bytes) and --out FOLDER")
-    if options.shard_tokens < 1 or not 0 <= options.val_share < 1:
-        raise OneblockError("--shard-tokens must be at least 1, and --val-share at least 0 and below 1")
-    reading = Reading(options.field, options.separator)
-    kept = (options.shard_tokens, options.val_share, options.seed, options.skip_empty)
-    plan, workers = Plan(options.data, reading, *kept), options.workers or os.cpu_count() or 1
-    with progress() as report:
-        prepare(plan, tokenizer_of(options.tokenizer), options.out, workers, report)
+    settings = PrepareOptions(
+        options.data,
+        DocumentFormat(options.text_field, options.separator),
+        options.shard_tokens,
+        options.val_share,
+        options.seed,
+        options.skip_empty,
+    )
+    workers = options.workers or os.cpu_count() or 1
+    with show_progress() as report:
+        prepare_shards(settings, load_tokenizer(options.tokenizer), options.out, workers, report)
     for folder in (options.out, options.out / "val"):
         if folder.exists():
-            print(line(read_shards(folder)))
+            print(describe(read_shard_folder(folder)))
 
 
-def tokenizer_of(name: str) -> Tokenizer:
+def load_tokenizer(name: str) -> Tokenizer:
     from oneblock.text import Tokenizer
     from oneblock.text.train import byte_level
 
@@ -81,15 +82,15 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """A live line in a terminal; silence elsewhere."""
+def show_progress() -> Iterator[Report]:
+    """Give a function that updates a line in a terminal, and does nothing elsewhere."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenising")
+        task = bar.add_task("tokenizing")
 
         def report(documents: int, tokens: int) -> None:
             elapsed = max(bar.tasks[0].elapsed or 0.0, 1e-9)
@@ -99,43 +100,36 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-# ------------------------------------------------------------------ look
-
-
-def folder_of(options: Data) -> Path:
-    if options.folder is None:
-        raise OneblockError(f"oneblock data {options.action} needs a folder of prepared data")
-    return options.folder
-
-
-def verify_data(options: Data) -> None:
-    from oneblock.data.shards import read_shards
+def verify_data(options: DataOptions) -> None:
     from oneblock.store.manifest import verify
 
-    found = read_shards(folder_of(options))
-    verify(found.folder)
-    print(jsonlib.dumps(summary(found)) if options.json else f"{line(found)}: as it was written")
+    shards = read_folder(options)
+    verify(shards.folder)
+    print(to_json(shards) if options.json else f"{describe(shards)}: checksums match")
 
 
-def show_data(options: Data) -> None:
-    import numpy as np
-
-    from oneblock.data.shards import read_shards
-
-    found = read_shards(folder_of(options))
+def show_data(options: DataOptions) -> None:
+    shards = read_folder(options)
     if options.json:
-        print(jsonlib.dumps(summary(found)))
+        print(to_json(shards))
         return
-    ids = found.open()
-    first = found.tokenizer.decode(ids.take(np.array([0]), min(60, len(ids)))[0].tolist(), skip_special=False)
-    print(
-        f"{line(found)}\ntokenizer {found.fingerprint}, {found.vocab:,} tokens, stored as {found.dtype}\n{first!r} .."
-    )
+    tokens = shards.open()
+    start = shards.tokenizer.decode(tokens.read(0, min(60, len(tokens))).tolist(), skip_special=False)
+    print(f"{describe(shards)}\ntokenizer {shards.fingerprint}, {shards.vocab:,} tokens, stored as {shards.dtype}")
+    print(f"{start!r} ..")
 
 
-def line(found: Shards) -> str:
-    return f"{found.folder}: {found.tokens:,} tokens in {found.documents:,} documents"
+def read_folder(options: DataOptions) -> ShardFolder:
+    from oneblock.data.shards import read_shard_folder
+
+    if options.folder is None:
+        raise OneblockError(f"oneblock data {options.action} needs a folder of prepared data")
+    return read_shard_folder(options.folder)
 
 
-def summary(found: Shards) -> dict[str, object]:
-    return {**asdict(found), "folder": str(found.folder)}
+def describe(shards: ShardFolder) -> str:
+    return f"{shards.folder}: {shards.tokens:,} tokens in {shards.documents:,} documents"
+
+
+def to_json(shards: ShardFolder) -> str:
+    return jsonlib.dumps({**asdict(shards), "folder": str(shards.folder)})

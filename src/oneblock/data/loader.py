@@ -1,4 +1,4 @@
-"""Batches made in the background: worker processes run ahead of the loop, and the order stays."""
+"""Batches that worker processes build in advance, in the same order as without workers."""
 
 from __future__ import annotations
 
@@ -14,60 +14,66 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from oneblock.data.packed import Batch, PackedDataset
 from oneblock.errors import OneblockError
 
-PATIENCE = 60.0  # seconds that a worker may take for a batch
-AHEAD = 4  # batches that each worker makes in advance
+TIMEOUT = 60.0  # seconds that a worker may take for a batch
+PREFETCH = 4  # batches that each worker builds in advance
+
+Arrays = dict[str, Any]  # a batch's fields as NumPy arrays: tensors would need a living worker to be received
 
 
-class Loader:
-    """Batch n of one rank, as `rows.batch(n, rank, ranks)` gives it; with workers, those after n are on their way."""
+class BatchLoader:
+    """Returns one rank's part of batch n; with workers, the batches after n are built in advance."""
 
-    def __init__(self, rows: PackedDataset, rank: int = 0, ranks: int = 1, workers: int = 0, pin: bool = False):
-        rows.batch(0, rank, ranks)  # what cannot be divided is told now
-        self.rows, self.rank, self.ranks, self.workers, self.pin = rows, rank, ranks, workers, pin
+    def __init__(self, dataset: PackedDataset, rank: int = 0, ranks: int = 1, workers: int = 0, pin: bool = False):
+        """`pin`: batches in page-locked memory."""
+        dataset.batch(0, rank, ranks)  # raises now if the batch size is not divisible
+        self.dataset, self.rank, self.ranks, self.workers, self.pin = dataset, rank, ranks, workers, pin
         self.next = 0
         self.stream: Iterator[Arrays] = iter(())
 
     def __call__(self, n: int) -> Batch:
-        if not self.workers:
-            batch = self.rows.batch(n, self.rank, self.ranks)
-            return batch.pin_memory() if self.pin else batch
-        if n != self.next or not self._open:
+        batch = self._receive(n) if self.workers else self.dataset.batch(n, self.rank, self.ranks)
+        return batch.pin_memory() if self.pin else batch
+
+    def _receive(self, n: int) -> Batch:
+        """The batch from a worker. Any other n than the last one plus 1 restarts the workers."""
+        if n != self.next or not self._is_open:
             self.close()
-            self.next, self.stream = n, self._from(n)
+            self.next, self.stream = n, self._start_workers(n)
         self.next = n + 1
         try:
-            batch = with_tensors(next(self.stream))
-            return batch.pin_memory() if self.pin else batch
-        except RuntimeError as e:
-            self.kill()
-            raise OneblockError(
-                f"a loader worker died or hangs ({str(e).splitlines()[0]}): --workers 0 needs none"
-            ) from None
+            arrays = next(self.stream)
+        except RuntimeError as error:
+            self._kill_workers()
+            reason = str(error).splitlines()[0]
+            raise OneblockError(f"a data worker died or hangs ({reason}); --workers 0 uses none") from None
+        fields: Any = {k: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for k, x in arrays.items()}
+        return Batch(**fields)
 
     @property
-    def _open(self) -> bool:
+    def _is_open(self) -> bool:
         return hasattr(self.stream, "_shutdown_workers")
 
-    def _from(self, n: int) -> Iterator[Arrays]:
+    def _start_workers(self, n: int) -> Iterator[Arrays]:
         loader: DataLoader[Any] = DataLoader(
-            Numbered(self.rows, self.rank, self.ranks),
+            NumberedBatches(self.dataset, self.rank, self.ranks),
             batch_size=None,
-            sampler=From(n),
+            sampler=CountFrom(n),
             num_workers=self.workers,
-            prefetch_factor=AHEAD,
-            collate_fn=as_made,  # type: ignore[arg-type]
-            timeout=PATIENCE,
-            worker_init_fn=alone,
+            prefetch_factor=PREFETCH,
+            collate_fn=_identity,  # type: ignore[arg-type]
+            timeout=TIMEOUT,
+            worker_init_fn=_use_one_thread,
         )
         return iter(loader)
 
     def close(self) -> None:
-        if self._open:
-            self.stream._shutdown_workers()  # type: ignore[attr-defined] # else only the collector would
+        """End the workers now; otherwise the garbage collector would."""
+        if self._is_open:
+            self.stream._shutdown_workers()  # type: ignore[attr-defined]
         self.stream = iter(())
 
-    def kill(self) -> None:
-        """End workers that may not answer; torch raises an error for each at whatever moment it sees it die."""
+    def _kill_workers(self) -> None:
+        """End workers that may not answer. torch raises an error for each one that it sees die, at any time."""
         for worker in self.stream._workers:  # type: ignore[attr-defined]
             with suppress(RuntimeError):
                 worker.kill()
@@ -75,38 +81,26 @@ class Loader:
             self.close()
         self.stream = iter(())
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
-Arrays = dict[str, Any]  # a batch's fields as arrays: tensors would need their worker alive to be received
+class NumberedBatches(Dataset[Arrays]):
+    """The dataset that runs in the workers: batches by their number."""
 
-
-def with_tensors(arrays: Arrays) -> Batch:
-    fields: Any = {k: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for k, x in arrays.items()}
-    return Batch(**fields)
-
-
-def as_made(arrays: Arrays) -> Arrays:
-    return arrays
-
-
-class Numbered(Dataset[Arrays]):
-    """Batches by their number."""
-
-    def __init__(self, rows: PackedDataset, rank: int, ranks: int):
-        self.rows, self.rank, self.ranks = rows, rank, ranks
+    def __init__(self, dataset: PackedDataset, rank: int, ranks: int):
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
 
     def __getitem__(self, n: int) -> Arrays:
-        batch = self.rows.batch(n, self.rank, self.ranks)
+        batch = self.dataset.batch(n, self.rank, self.ranks)
         return {k: x.numpy() if isinstance(x, torch.Tensor) else x for k, x in vars(batch).items()}
 
 
-class From(Sampler[int]):
-    """n, n + 1, .. without an end."""
+class CountFrom(Sampler[int]):
+    """n, n + 1, ... without an end."""
 
     def __init__(self, n: int):
         self.n = n
@@ -118,5 +112,9 @@ class From(Sampler[int]):
             n += 1
 
 
-def alone(worker: int) -> None:
+def _identity(arrays: Arrays) -> Arrays:
+    return arrays
+
+
+def _use_one_thread(worker: int) -> None:
     torch.set_num_threads(1)

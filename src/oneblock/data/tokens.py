@@ -1,4 +1,4 @@
-"""One long row of ids, in one piece or in many: an array, or the shards of a folder."""
+"""A long token sequence in one or more parts: an array, or the memory-mapped shards of a folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 Ids = NDArray[Any]  # uint16 or uint32
 
 
+def id_dtype(vocab: int) -> str:
+    """The smallest dtype for the ids of a vocabulary."""
+    return "uint16" if vocab <= 2**16 else "uint32"
+
+
 class Tokens:
-    """Parts that are read as one row; memory-mapped parts stay on the disk until they are read."""
+    """Parts that are read as one sequence; memory-mapped parts stay on disk until they are read."""
 
     def __init__(self, parts: Sequence[Ids], ends: Ids | None = None):
-        """`ends`: where each document ends, as offsets into the whole row, rising."""
+        """`ends`: the offset after each document, in increasing order."""
         self.parts = [part for part in parts if len(part)]
         self.starts = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
         self.ends = ends
@@ -24,47 +29,47 @@ class Tokens:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def take(self, starts: Ids, length: int) -> NDArray[np.int64]:
-        """Rows of `length` ids from each start: (n, length)."""
+    def gather_rows(self, starts: Ids, length: int) -> NDArray[np.int64]:
+        """The `length` ids from each start, (n, length)."""
         if len(self.parts) == 1:
             return self.parts[0][starts[:, None] + np.arange(length)].astype(np.int64)
-        return np.stack([self.run(int(start), length) for start in starts])
+        return np.stack([self.read(int(start), length) for start in starts])
 
-    def run(self, start: int, length: int) -> NDArray[np.int64]:
-        """One row, across the borders of parts."""
+    def read(self, start: int, length: int) -> NDArray[np.int64]:
+        """The `length` ids from one start, across the borders of parts."""
         first = bisect_right(self.starts, start) - 1
-        pieces, left = [], length
-        for part, begin in zip(self.parts[first:], self.starts[first:], strict=False):
-            at = max(start - begin, 0)
-            pieces.append(part[at : at + left])
-            left -= len(pieces[-1])
-            if not left:
+        pieces, remaining = [], length
+        for part, part_start in zip(self.parts[first:], self.starts[first:], strict=False):
+            offset = max(start - part_start, 0)
+            pieces.append(part[offset : offset + remaining])
+            remaining -= len(pieces[-1])
+            if not remaining:
                 break
         return np.concatenate(pieces).astype(np.int64)
 
     def slice(self, start: int, stop: int) -> Tokens:
-        """A stretch as a row of its own; a document that is cut counts as one on either side."""
+        """A range of the sequence; a document that is cut counts as a document on either side."""
         parts = [p[max(start - b, 0) : max(stop - b, 0)] for p, b in zip(self.parts, self.starts, strict=False)]
         if self.ends is None:
             return Tokens(parts)
         inside = self.ends[(self.ends > start) & (self.ends < stop)] - start
         return Tokens(parts, np.append(inside, stop - start))
 
-    def documents(self, starts: Ids, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of rows as `take` gives them: each token's document, counted from its row's first, and place in it."""
+    def document_positions(self, starts: Ids, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each token of `gather_rows`: the number of its document in the row, and its position in it."""
         assert self.ends is not None
-        places = starts[:, None] + np.arange(length)
-        document = np.searchsorted(self.ends, places, side="right")
+        offsets = starts[:, None] + np.arange(length)
+        document = np.searchsorted(self.ends, offsets, side="right")
         begins = np.concatenate([[0], self.ends])[document]
-        first = document - document[:, :1]
-        return first, places - np.maximum(begins, starts[:, None])  # a row that starts inside a document counts from 0
+        # A row that starts inside a document counts positions from 0.
+        return document - document[:, :1], offsets - np.maximum(begins, starts[:, None])
 
 
-def joined(texts: Sequence[Tokens]) -> Tokens:
-    """One after the other."""
-    starts = np.cumsum([0, *map(len, texts)])
-    ends = [text.ends + start for text, start in zip(texts, starts, strict=False) if text.ends is not None]
-    return Tokens([part for text in texts for part in text.parts], np.concatenate(ends) if ends else None)
+def concatenate_tokens(sequences: Sequence[Tokens]) -> Tokens:
+    """One sequence after the other, without a copy."""
+    starts = np.cumsum([0, *map(len, sequences)])
+    ends = [tokens.ends + start for tokens, start in zip(sequences, starts, strict=False) if tokens.ends is not None]
+    return Tokens([part for tokens in sequences for part in tokens.parts], np.concatenate(ends) if ends else None)
 
 
 def as_tokens(ids: Tokens | Ids) -> Tokens:

@@ -147,7 +147,9 @@ class Watch:
 class Train:
     """Train a model on text files."""
 
-    data: tuple[Path, ...] = ()  # text files to train on, or folders written by `oneblock data prepare`
+    data: tuple[Path, ...] = ()  # .txt, .jsonl or .parquet files to train on, or folders of `oneblock data prepare`
+    text_field: str = "text"  # field of a JSON line, or column of a table, with the document
+    separator: str = ""  # string between the documents of a text file; default: the file is one document
     weights: Annotated[tuple[float, ...], Range(low=0)] = ()  # sampling weights of the folders; default: their tokens
     documents: bool = False  # attention and positions stay within each document of a packed sequence
     val: tuple[Path, ...] = ()  # validation text files; default: the end of the data

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from oneblock.config import nearest
+from oneblock.data.documents import DocumentFormat, read_texts, tokenize
 from oneblock.data.packed import PackedDataset
-from oneblock.data.shards import is_shards, open_all, read_shards
-from oneblock.data.text import encode, read_texts
-from oneblock.data.tokens import Tokens, joined
+from oneblock.data.shards import is_shard_folder, read_shard_folder, read_shard_folders
+from oneblock.data.tokens import Tokens, concatenate_tokens
 from oneblock.errors import OneblockError
 from oneblock.model import Dropout
 from oneblock.spec import Spec, get_spec
@@ -48,7 +46,7 @@ class Job:
 
 def prepare(options: Train, tokenizer: Tokenizer | None = None) -> Job:
     """Read, tokenise and split the text, and size the model to it. `tokenizer`: a resumed run's own."""
-    shards = [path for path in options.data if is_shards(path)]
+    shards = [path for path in options.data if is_shard_folder(path)]
     if shards and len(shards) < len(options.data):
         other = next(path for path in options.data if path not in shards)
         raise OneblockError(f"{shards[0]} is prepared data and {other} is not: prepare it too (oneblock data prepare)")
@@ -78,18 +76,14 @@ class Found:
 
 
 def from_text(options: Train, tokenizer: Tokenizer | None) -> Found:
-    """Text files, each a document; the end of them all is for validation, unless there are others for it."""
-    texts, held_out = read_texts(options.data), read_texts(options.val) if options.val else None
+    """Documents of files; the end of the tokens is for validation, unless there are files for it."""
+    layout = DocumentFormat(options.text_field, options.separator)
+    texts, held_out = read_texts(options.data, layout), read_texts(options.val, layout) if options.val else None
     tokenizer = tokenizer or tokenizer_for(options, [*texts, *(held_out or [])])
-    whole = in_one(texts, tokenizer)
-    train, val = split(whole, options.val_share) if held_out is None else (whole, in_one(held_out, tokenizer))
-    ids = train.take(np.array([0]), len(train))[0].astype(whole.parts[0].dtype)
+    whole = tokenize(texts, tokenizer)
+    train, val = split(whole, options.val_share) if held_out is None else (whole, tokenize(held_out, tokenizer))
+    ids = train.read(0, len(train)).astype(whole.parts[0].dtype)
     return Found(tokenizer, (train,), val, f"{len(ids)}-{zlib.crc32(ids.tobytes()):08x}")
-
-
-def in_one(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
-    ids = [encode([text], tokenizer) for text in texts]
-    return Tokens([np.concatenate(ids)], np.cumsum([len(x) for x in ids]))
 
 
 def split(text: Tokens, share: float) -> tuple[Tokens, Tokens | None]:
@@ -99,7 +93,7 @@ def split(text: Tokens, share: float) -> tuple[Tokens, Tokens | None]:
 
 def from_shards(options: Train) -> Found:
     """Prepared folders; what they keep for validation is validated on, or the end of the first."""
-    folders, tokenizer = open_all(options.data)
+    folders, tokenizer = read_shard_folders(options.data)
     if options.tokenizer != Train.tokenizer:
         given = tokenizer_for(options, [])
         if given.definition() != tokenizer.definition():
@@ -107,12 +101,12 @@ def from_shards(options: Train) -> Found:
                 f"{options.data[0]} was made by another tokenizer ({tokenizer.vocab_size:,} tokens) than --tokenizer "
                 f"{options.tokenizer} ({given.vocab_size:,}): leave the flag out, or prepare the data with it"
             )
-    kept = options.val or tuple(path / "val" for path in options.data if is_shards(path / "val"))
+    kept = options.val or tuple(path / "val" for path in options.data if is_shard_folder(path / "val"))
     texts = [found.open() for found in folders]
     val = None
     if kept:
-        open_all([*options.data, *kept])  # one tokenizer for all
-        val = joined([read_shards(path).open() for path in kept])
+        read_shard_folders([*options.data, *kept])  # one tokenizer for all
+        val = concatenate_tokens([read_shard_folder(path).open() for path in kept])
     else:
         texts[0], val = split(texts[0], options.val_share)
     marks = "-".join(str(manifest.sum_of(found.folder / manifest.MANIFEST)["sha256"])[:8] for found in folders)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from oneblock.data.batch_shards import deal_batches
-from oneblock.data.loader import Loader
-from oneblock.data.packed import Batch, in_order
+from oneblock.data.loader import BatchLoader
+from oneblock.data.packed import Batch, sequential_batches
 from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
@@ -125,7 +125,7 @@ class Trainer:
         self.also = also
         options, world = self.options, self.world
         pin, workers = options.loop.device.startswith("cuda"), options.loop.workers
-        batches = Loader(self.job.rows(options.loop), world.data_rank, world.data_ranks, workers, pin)
+        batches = BatchLoader(self.job.rows(options.loop), world.data_rank, world.data_ranks, workers, pin)
         dropout = dropout_of(options.dropouts)
         learner = learner_for(self.state.model, options.loop, options.objective, dropout, world)
         with self.show, self.closing(), batches, stopping(self.state):
@@ -249,7 +249,9 @@ class Trainer:
     def held_out(self, ids: Tokens) -> float:
         """The loss on the validation text, or on its first batches."""
         options = self.options
-        batches: Iterator[Batch] = in_order(ids, self.job.context, options.loop.batch_size, self.job.documents)
+        batches: Iterator[Batch] = sequential_batches(
+            ids, self.job.context, options.loop.batch_size, self.job.documents
+        )
         if options.watch.eval_batches:
             batches = islice(batches, options.watch.eval_batches)
         shared = deal_batches(batches, self.world)
