@@ -264,7 +264,7 @@ class Trainer:
         if not self.world.is_main or not self.world.has_full_weights:
             return ""
         llm = LLM(self.state.model, self.job.tokenizer)
-        ids = self.job.tokenizer.encode(prompt) or self.job.texts[0].run(0, 1).tolist()
+        ids = self.job.tokenizer.encode(prompt) or self.job.texts[0].read(0, 1).tolist()
         room = max(1, min(tokens, self.job.spec.context - len(ids)))
         with torch.compiler.set_stance("force_eager"):  # a cache's shapes would be compiled one by one
             reply = llm.generate(ids, max_tokens=room, temperature=0.8, seed=self.options.loop.seed)
