@@ -22,7 +22,7 @@ from oneblock.plan import memory, params
 from oneblock.spec import Spec, get_spec
 from oneblock.train.machine import peak_memory, product_dtype
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
-from oneblock.train.preflight import over
+from oneblock.train.preflight import parallelism_of
 
 if TYPE_CHECKING:
     from oneblock.parallel.world import World
@@ -83,7 +83,7 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
         held = torch.tensor(float(peak_memory(device) - before))
         if world.size > 1:
             torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-    dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), over(world.mesh)
+    dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), parallelism_of(world.mesh)
     setup = memory.TrainingConfig(
         dtype, case.recompute, accumulate=world.uses_ddp, cpu=device.type == "cpu", over=parts
     )

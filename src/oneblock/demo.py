@@ -65,7 +65,7 @@ def demo(options: Demo) -> None:
 def build_trainer(run: Path, text: Path, options: Demo, began: float) -> Trainer:
     from oneblock.train.commands import summary
     from oneblock.train.prepare import prepare
-    from oneblock.train.progress import Show
+    from oneblock.train.progress import ProgressDisplay
     from oneblock.train.run import record
     from oneblock.train.trainer import Trainer, fresh
 
@@ -76,7 +76,7 @@ def build_trainer(run: Path, text: Path, options: Demo, began: float) -> Trainer
     plan = limit_time(plan, max(left, 5.0))
     record(run, plan)
     print(summary(job, plan) + "\n")
-    return Trainer(job, plan, run, state, Show(plan.loop))
+    return Trainer(job, plan, run, state, ProgressDisplay(plan.loop))
 
 
 def settings(text: Path, seed: int) -> Train:

@@ -18,7 +18,15 @@ from oneblock.spec import get_spec
 from oneblock.text.train import byte_level
 from oneblock.train import machine, preflight
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
-from oneblock.train.preflight import check, estimate, largest, named, need, peak_of, verdict
+from oneblock.train.preflight import (
+    check_run,
+    estimate,
+    estimate_memory,
+    find_gpu_by_name,
+    find_shortage,
+    largest_batch,
+    measure_peak,
+)
 from oneblock.train.prepare import Job, prepare
 
 FLAGS = ["--dim", "32", "--n-layers", "3", "--n-heads", "2", "--context", "32", "--batch-size", "12", "--steps", "2"]
@@ -48,7 +56,7 @@ def test_the_estimate_is_plans(options: Train, job: Job) -> None:
     per_token, total = flops.train(job.spec, 32), 100 * 2 * 12 * 32
     assert found.run.tokens == total
     assert found.run.flops == per_token * total
-    assert found.run.seconds == pytest.approx(per_token * total / (0.4 * peak_of(options.loop)))
+    assert found.run.seconds == pytest.approx(per_token * total / (0.4 * measure_peak(options.loop)))
     weights = 4 * params.total(job.spec)
     assert found.checkpoint == 3 * weights  # and AdamW's two moments
     assert found.disk == 3 * found.checkpoint  # two are kept while the next is written
@@ -67,7 +75,9 @@ def test_time_instead_of_steps(options: Train, job: Job) -> None:
     timed = replace(options, loop=replace(options.loop, seconds=60.0))
     found = estimate(job, timed)
     assert found.steps is None and found.run.seconds == 60
-    assert found.run.tokens == pytest.approx(60 * 0.4 * peak_of(options.loop) / flops.train(job.spec, 32), rel=1e-3)
+    assert found.run.tokens == pytest.approx(
+        60 * 0.4 * measure_peak(options.loop) / flops.train(job.spec, 32), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,12 +94,12 @@ def test_time_instead_of_steps(options: Train, job: Job) -> None:
     ],
 )
 def test_gpus_by_their_names(name: str, found: str | None) -> None:
-    gpu = named(name)
+    gpu = find_gpu_by_name(name)
     assert (gpu.name if gpu else None) == found
 
 
 def test_a_known_gpu_has_a_price(options: Train, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "gpu_of", lambda device: named("NVIDIA H100"))
+    monkeypatch.setattr(preflight, "find_gpu", lambda device: find_gpu_by_name("NVIDIA H100"))
     found = estimate(job, options, World(mesh=Mesh(dp=4)))
     assert found.run.dollars == pytest.approx(found.run.seconds / 3600 * 4 * 2.5)
     assert "4 x H100 at $2.50 an hour" in found.lines(options.loop)
@@ -105,48 +115,56 @@ def bytes_of(words: str) -> float:
 
 def test_too_little_memory_is_refused_with_what_fits(options: Train, job: Job) -> None:
     """For many sizes of a machine: what is advised fits, and the next larger batch does not."""
-    whole, least = need(job, options, 12, "none", World()).total, need(job, options, 1, "full", World()).total
+    whole, least = (
+        estimate_memory(job, options, 12, "none", World()).total,
+        estimate_memory(job, options, 1, "full", World()).total,
+    )
     advised = set()
     for have in range(least, whole, (whole - least) // 40):
-        said = verdict(job, options, replace(estimate(job, options), have=have))
+        said = find_shortage(job, options, replace(estimate(job, options), available=have))
         assert said is not None and "of memory" in said
         for flags, size in re.findall(r"(--[^(]+) fits \(([^)]+)\)", said):
             mode = "full" if "--activation-checkpointing full" in flags else "none"
             batch = re.search(r"--batch-size (\d+) --gradient-accumulation-steps (\d+)", flags)
             rows, times = (int(batch[1]), int(batch[2])) if batch else (12, 2)
             assert rows * times == 24
-            assert need(job, options, rows, mode, World()).total <= have
+            assert estimate_memory(job, options, rows, mode, World()).total <= have
             larger = [n for n in range(rows + 1, 13) if 24 % n == 0]
-            assert all(need(job, options, n, mode, World()).total > have for n in larger)
-            assert bytes_of(size) == pytest.approx(need(job, options, rows, mode, World()).total, rel=0.06, abs=1000)
+            assert all(estimate_memory(job, options, n, mode, World()).total > have for n in larger)
+            assert bytes_of(size) == pytest.approx(
+                estimate_memory(job, options, rows, mode, World()).total, rel=0.06, abs=1000
+            )
             advised.add(flags.strip())
     assert "--activation-checkpointing full" in advised and len(advised) > 5
-    said = verdict(job, options, replace(estimate(job, options), have=least - 1))
-    assert said is not None and "even one row with --activation-checkpointing full takes" in said
-    assert verdict(job, options, replace(estimate(job, options), have=whole)) is None
+    said = find_shortage(job, options, replace(estimate(job, options), available=least - 1))
+    assert said is not None and "one sequence with --activation-checkpointing full needs" in said
+    assert find_shortage(job, options, replace(estimate(job, options), available=whole)) is None
 
 
 def test_ranks_share_the_rows(options: Train, job: Job) -> None:
     four = World(mesh=Mesh(dp=4))
     alone, shared = estimate(job, options), estimate(job, options, four)
-    alike = need(job, options, 3, "none", World())
+    alike = estimate_memory(job, options, 3, "none", World())
     assert shared.memory == replace(
         alike, accumulate=True, embedding_grad=shared.memory.embedding_grad
     )  # what gathers them is kept
     parts = World(mesh=Mesh(fsdp=2, tp=2))
-    assert need(job, options, 12, "none", parts).states < 0.4 * need(job, options, 12, "none", World()).states
+    assert (
+        estimate_memory(job, options, 12, "none", parts).states
+        < 0.4 * estimate_memory(job, options, 12, "none", World()).states
+    )
     assert shared.run.seconds == pytest.approx(alone.run.seconds / 4)
     assert "for each device" in shared.lines(options.loop)
-    assert largest(job, options, shared.memory.total, "none", four) == 12
+    assert largest_batch(job, options, shared.memory.total, "none", four) == 12
     have = shared.memory.total - 1
-    assert largest(job, options, have, "none", four) in (4, 8)
-    said = verdict(job, options, replace(shared, have=have), four)
+    assert largest_batch(job, options, have, "none", four) in (4, 8)
+    said = find_shortage(job, options, replace(shared, available=have), four)
     assert said is not None and said.startswith("each device needs")
 
 
 def test_too_little_disk(options: Train, job: Job) -> None:
     found = estimate(job, options)
-    assert "lower --keep" in str(verdict(job, options, replace(found, free=found.disk - 1)))
+    assert "lower --keep" in str(find_shortage(job, options, replace(found, free=found.disk - 1)))
     more = estimate(job, replace(options, watch=Watch(keep=5)))
     assert more.disk == 2 * found.disk
 
@@ -155,13 +173,13 @@ def test_numbers_that_disagree(options: Train, job: Job) -> None:
     found = estimate(job, options)
     small = replace(job, tokenizer=byte_level())
     with pytest.raises(OneblockError, match=f"tokenizer has 256 tokens, but llama a vocabulary of {job.spec.vocab}"):
-        check(small, options, found)
+        check_run(small, options, found)
     table = get_spec("gpt2", vocab=job.spec.vocab, dim=32, n_layers=1, n_heads=2, context=24)
     with pytest.raises(OneblockError, match="--context is 32, but llama has a table of 24 positions"):
-        check(replace(job, spec=table), options, found)
-    with pytest.raises(OneblockError, match="--batch-size 12 does not divide by 5 ranks: give a multiple, such as 15"):
-        check(job, options, found, World(mesh=Mesh(dp=5)))
-    check(job, options, found)
+        check_run(replace(job, spec=table), options, found)
+    with pytest.raises(OneblockError, match="--batch-size 12 is not divisible by 5 data-parallel ranks: use a multiple, such as 15"):
+        check_run(job, options, found, World(mesh=Mesh(dp=5)))
+    check_run(job, options, found)
 
 
 def test_the_command_refuses_before_anything_is_written(
@@ -183,9 +201,9 @@ def test_the_command_refuses_before_anything_is_written(
 
 def test_the_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(dtype="float32")
-    first = peak_of(loop)
+    first = measure_peak(loop)
     monkeypatch.setattr(preflight, "peak_flops", lambda *args: pytest.fail("measured again"))
-    assert peak_of(loop) == first > 1e8
+    assert measure_peak(loop) == first > 1e8
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

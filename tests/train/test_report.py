@@ -9,7 +9,7 @@ import pytest
 
 from oneblock.cli import main
 from oneblock.train.options import Loop, Optimizer, Train
-from oneblock.train.report import changed, fenced, table
+from oneblock.train.report import changed_settings, fenced, table
 from oneblock.train.run import Log, results
 
 FLAGS = ["--dim", "16", "--n-layers", "1", "--n-heads", "2", "--context", "24", "--batch-size", "4"]
@@ -37,12 +37,12 @@ def test_a_report_says_what_was_trained_and_what_came_out(text: Path, tmp_path: 
         f"`{text}`",
         "1,152 (",
         "tokens per second (median)",
-        "measured here for float32 products",
+        "measured for float32 matmuls",
         "expected",
         "| `dim` | `16` |",
         "| `ema` | `0.9` |",
         "`tensorboard --logdir",
-        "## A sample",
+        "## Sample",
     ):
         assert words in said, words
     assert re.search(r"```\n7 times.*```", said, re.DOTALL)
@@ -63,8 +63,8 @@ def test_a_stopped_run_says_how_to_go_on(text: Path, tmp_path: Path, monkeypatch
     run = tmp_path / "run"
     assert main(["train", "--data", str(text), "--out", str(run), *FLAGS]) == 130
     said = (run / "report.md").read_text()
-    assert f"Stopped at step 5; go on with `oneblock train --resume {run}`" in said
-    assert "A sample" not in said
+    assert f"Stopped at step 5; continue with `oneblock train --resume {run}`" in said
+    assert "## Sample" not in said
 
 
 def test_results_of_nothing() -> None:
@@ -89,12 +89,12 @@ def test_what_is_no_number_is_left_out_of_the_log(tmp_path: Path) -> None:
 
 
 def test_only_settings_that_were_changed() -> None:
-    assert changed(Train()) == {}
+    assert changed_settings(Train()) == {}
     options = Train(model="gpt2", data=(Path("a"),), loop=Loop(batch_size=3), optimizer=Optimizer(optimizer="muon"))
-    assert changed(options) == {"model": "gpt2", "batch_size": 3, "optimizer": "muon"}
+    assert changed_settings(options) == {"model": "gpt2", "batch_size": 3, "optimizer": "muon"}
 
 
 def test_markdown_that_the_content_cannot_break() -> None:
-    assert list(table("none", iter(()))) == []
-    assert "| a | x &#124; y |" in list(table("one", iter([("a", "x | y")])))
+    assert list(table("none", [])) == []
+    assert "| a | x &#124; y |" in list(table("one", [("a", "x | y")]))
     assert fenced("a\n```\nb").startswith("````\n")

@@ -56,7 +56,7 @@ def test_compare_prints_and_draws(two: list[str], tmp_path: Path, capsys: pytest
     assert lines["MFU"][-2:] == ["25.0%", "25.0%"]
     assert lines["lr"][-2:] == ["0.001", "0.003"]
     assert "steps" in lines and "batch" not in lines  # what is the same is no setting that differs
-    assert f"drawn in {out}" in said
+    assert f"plot written to {out}" in said
     with Image.open(out) as picture:
         colours = {pixel for _, pixel in picture.convert("RGB").getcolors(1 << 24) or []}
     assert {(0x25, 0x63, 0xEB), (0xEA, 0x58, 0x0C)} <= colours  # a curve for each
@@ -100,12 +100,12 @@ def test_what_cannot_be(
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "at least two runs" in error(["runs", "compare", two[0]], capsys)
-    assert f"{empty} is no run: it has no config.toml" in error(["runs", "compare", two[0], str(empty)], capsys)
-    assert "is no run" in error(["runs", "compare", two[0], "nowhere"], capsys)
+    assert f"{empty} is not a run: it has no config.toml" in error(["runs", "compare", two[0], str(empty)], capsys)
+    assert "is not a run" in error(["runs", "compare", two[0], "nowhere"], capsys)
     record(empty, Train())
-    assert "measured nothing yet" in error(["runs", "compare", two[0], str(empty)], capsys)
-    assert "runs is no folder" in error(["runs", "list"], capsys)
-    assert "there are no runs in" in error(["runs", "list", two[0]], capsys)
+    assert "has no losses in its metrics.jsonl yet" in error(["runs", "compare", two[0], str(empty)], capsys)
+    assert "runs is not a folder" in error(["runs", "list"], capsys)
+    assert "no runs in" in error(["runs", "list", two[0]], capsys)
     assert "takes one folder" in error(["runs", "list", *two], capsys)
     assert "did you mean compare?" in error(["runs", "compar"], capsys)
     assert "could not be written" in error(["runs", "compare", *two, "--out", f"{two[0]}/config.toml/x.png"], capsys)

@@ -19,13 +19,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
-from oneblock.train.loggers import identity
+from oneblock.train.loggers import run_id
 from oneblock.train.loop import Metrics, State
 from oneblock.train.nonfinite import MOST
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
-from oneblock.train.preflight import peak_of
+from oneblock.train.preflight import measure_peak
 from oneblock.train.prepare import prepare
-from oneblock.train.progress import Reading, Show
+from oneblock.train.progress import Progress, ProgressDisplay
 from oneblock.train.run import record
 from oneblock.train.trainer import Trainer, averaged, fresh
 
@@ -53,7 +53,7 @@ def begin(options: Train, run: Path, **loop: Any) -> Trainer:
     run.mkdir()
     record(run, options)
     job = prepare(options)
-    return Trainer(job, options, run, fresh(job, options), Show(options.loop))
+    return Trainer(job, options, run, fresh(job, options), ProgressDisplay(options.loop))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_each_look_says_how_fast_and_how_large(options: Train, tmp_path: Path) -
     assert [row["step"] for row in found] == list(range(1, 31))
     for row in found:
         assert row.keys() == {*("step", "loss", "lr", "grad_norm", "tokens", "seconds", "speed", "mfu", "memory")}
-        per_token = row["mfu"] / row["speed"] * peak_of(session.options.loop)
+        per_token = row["mfu"] / row["speed"] * measure_peak(session.options.loop)
         assert per_token == pytest.approx(6 * 2 * 3_000, rel=1)  # 6 FLOPs a weight of a product, and attention's
         assert 1e8 < row["memory"] < 64e9
 
@@ -93,11 +93,11 @@ def test_experts_are_seen(options: Train, tmp_path: Path) -> None:
 
 
 def test_a_line_fits_the_terminal() -> None:
-    reading = Reading(123_456, 1.0, 12.3456, 1_234_567, 360_000, 1.0, 123.4e9)
+    reading = Progress(123_456, 1.0, 12.3456, 1_234_567, 360_000, 1.0, 123.4e9)
     loop = Loop(steps=1_000_000)
     assert len(reading.line(loop)) < 120
     assert len(reading.line(loop, 94)) + 25 < 120  # a bar before it
-    assert "100% MFU" in reading.line(loop) and "123.4 GB" in reading.line(loop)
+    assert "100% MFU" in reading.line(loop) and "123 GB" in reading.line(loop)
     narrow = reading.line(loop, 90)
     assert "MFU" in narrow and "GB" not in narrow and len(narrow) <= 90
     assert "left" in reading.line(loop, 20)
@@ -331,7 +331,7 @@ def test_trackers_are_called_in_order(
     assert (named["project"], named["name"], named["config"]["lr"]) == ("oneblock", "run", 1e-3)
     json.dumps(named["config"])
     assert named.get("mode") == ("offline" if name == "wandb" else None)
-    assert named.get("id") == (identity(run) if name == "wandb" else None)
+    assert named.get("id") == (run_id(run) if name == "wandb" else None)
     assert [call[1] for call in calls[1:4]] == [1, 2, 2]
     assert np.isfinite(calls[1][2]["loss/training"]) and "loss/validation" in calls[3][2]
 

@@ -108,10 +108,10 @@ def resume(options: Train, world: World) -> None:
 
 def judge(job: Job, options: Train, found: Estimate, world: World) -> None:
     """The last line of a dry run: whether it would begin."""
-    from oneblock.train.preflight import verdict
+    from oneblock.train.preflight import find_shortage
 
     if world.is_main:
-        print(f"check   {verdict(job, options, found, world) or 'it fits'}")
+        print(f"check   {find_shortage(job, options, found, world) or 'it fits'}")
 
 
 def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
@@ -119,17 +119,17 @@ def refuse(job: Job, options: Train, found: Estimate, world: World) -> None:
     from oneblock.train import preflight
 
     preflight.check_mesh(job.spec, job.context, options, world.mesh)
-    preflight.check(job, options, found, world)
+    preflight.check_run(job, options, found, world)
 
 
 def follow(job: Job, options: Train, run: Path, state: Any, found: Estimate, world: World) -> None:
     """Run the session and say how it ended."""
     from rich.console import Console
 
-    from oneblock.train.progress import Show
+    from oneblock.train.progress import ProgressDisplay
     from oneblock.train.trainer import Trainer
 
-    show = Show(options.loop, None if world.is_main else Console(quiet=True))
+    show = ProgressDisplay(options.loop, None if world.is_main else Console(quiet=True))
     session = Trainer(job, options, run, state, show, found, world)
     finished = session.go()
     if not finished:

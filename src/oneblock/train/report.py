@@ -1,4 +1,4 @@
-"""`report.md`: what was trained, on what, and what came out."""
+"""`report.md`: the results, the model, the settings and the cost of a run."""
 
 from __future__ import annotations
 
@@ -12,133 +12,132 @@ import torch
 from oneblock.files import write_file
 from oneblock.plan import params
 from oneblock.train.options import Train
-from oneblock.train.preflight import gpu_of, rate
-from oneblock.train.progress import clock, lasting, size
+from oneblock.train.preflight import find_gpu
 from oneblock.train.run import CONFIG, CURVES, METRICS, PATHS, PICTURE, Results, results
+from oneblock.units import format_bytes, format_clock, format_duration, format_scaled
 
 if TYPE_CHECKING:
     from oneblock.train.trainer import Trainer
 
 REPORT = "report.md"
+FILES = {
+    "latest": "the newest checkpoint: a Hugging Face folder",
+    "ema": "the EMA weights as a model folder",
+    METRICS: "every measurement",
+    "tensorboard": "the same for TensorBoard: `tensorboard --logdir {run}`",
+    "nonfinite.jsonl": "steps with a NaN or Inf loss or gradient",
+    CONFIG: "every setting",
+}
+Row = tuple[str, str]
 
 
-def write(session: Trainer, sample: str | None) -> None:
-    """`sample`: what the model writes at the end; None where the run was stopped before."""
-    text = "\n".join(page(session, sample)) + "\n"
-    write_file(session.run / REPORT, text)
+def write(trainer: Trainer, sample: str | None) -> None:
+    """Write the report. `sample` is text generated at the end; None if the run was stopped before."""
+    write_file(trainer.run / REPORT, "\n".join(render(trainer, sample)) + "\n")
 
 
-def page(session: Trainer, sample: str | None) -> Iterator[str]:
-    options, found = session.options, results(session.log.rows)
-    yield f"# {session.run.resolve().name}: {options.model}, {params.total(session.job.spec):,} parameters"
-    yield ""
+def render(trainer: Trainer, sample: str | None) -> Iterator[str]:
+    """The lines of the report."""
+    options, metrics = trainer.options, results(trainer.log.rows)
+    yield from (f"# {trainer.run.resolve().name}: {options.model}, {params.total(trainer.job.spec):,} parameters", "")
     if sample is None:
-        yield f"Stopped at step {session.state.step:,}; go on with `oneblock train --resume {session.run}`."
-        yield ""
-    yield from table("What came out", outcome(found, session.state.step))
-    yield f"![loss]({PICTURE})"
-    yield ""
-    yield f"![loss over tokens and time, throughput, gradient, learning rate]({CURVES})"
-    yield ""
-    yield from table("What was trained", trained(session))
-    yield from table("Settings that are not the defaults", ((f"`{k}`", f"`{v}`") for k, v in changed(options).items()))
-    yield from table("What it took, and what was expected", took(session, found))
+        stopped = f"Stopped at step {trainer.state.step:,}; continue with `oneblock train --resume {trainer.run}`."
+        yield from (stopped, "")
+    yield from table("Results", result_rows(metrics, trainer.state.step))
+    yield from (f"![loss]({PICTURE})", "", f"![loss, throughput, gradient norm, learning rate]({CURVES})", "")
+    yield from table("Model and data", model_rows(trainer))
+    changed = [(f"`{name}`", f"`{value}`") for name, value in changed_settings(options).items()]
+    yield from table("Settings that differ from the defaults", changed)
+    yield from table("Cost, measured and expected", cost_rows(trainer, metrics))
     if sample is not None:
-        yield from ("## A sample", "", f"At temperature 0.8, after {options.watch.prompt!r}:", "", fenced(sample), "")
-    yield from table("Files", files(session))
+        prompt = f"Temperature 0.8, prompt {options.watch.prompt!r}:"
+        yield from ("## Sample", "", prompt, "", fenced(sample), "")
+    existing = [(name, text) for name, text in FILES.items() if (trainer.run / name).exists()]
+    yield from table("Files", [(f"[{name}]({name})", text.format(run=trainer.run)) for name, text in existing])
 
 
-def table(title: str, rows: Iterator[tuple[str, str]]) -> Iterator[str]:
-    """A table without a head, or nothing where it would be empty."""
-    lines = [f"| {key} | {value.replace('|', '&#124;')} |" for key, value in rows]
+def table(title: str, rows: list[Row]) -> Iterator[str]:
+    """A Markdown table without a header row; nothing for no rows."""
+    lines = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows]
     if lines:
         yield from (f"## {title}", "", "| | |", "|---|---|", *lines, "")
 
 
-# ------------------------------------------------------------------ what it says
+def result_rows(metrics: Results, step: int) -> list[Row]:
+    rows = [("Steps", f"{step:,}")]
+    if metrics.loss is not None:
+        rows.append(("Training loss, at the end (smoothed)", f"{metrics.loss:.4f}"))
+    if metrics.val is not None:
+        rows.append(("Validation loss, at the end", f"**{metrics.val:.4f}** nats per token"))
+        rows.append(("Validation loss, the best", f"{metrics.best:.4f} at step {metrics.best_step:,}"))
+    if metrics.val_ema is not None:
+        rows.append(("Validation loss of the EMA weights", f"{metrics.val_ema:.4f}"))
+    return rows
 
 
-def outcome(found: Results, step: int) -> Iterator[tuple[str, str]]:
-    if found.val is not None:
-        yield "Validation loss, at the end", f"**{found.val:.4f}** nats per token"
-        yield "Validation loss, the best", f"{found.best:.4f} at step {found.best_step:,}"
-    if found.val_ema is not None:
-        yield "Validation loss of the averaged weights", f"{found.val_ema:.4f}"
-    if found.loss is not None:
-        yield "Training loss, at the end (smoothed)", f"{found.loss:.4f}"
-    yield "Steps", f"{step:,}"
+def model_rows(trainer: Trainer) -> list[Row]:
+    job, options, spec = trainer.job, trainer.options, trainer.job.spec
+    sequences = options.loop.batch_size * options.loop.gradient_accumulation_steps
+    validation = f"{len(job.val):,} tokens" if job.val is not None else "none"
+    return [
+        ("Model", f"{options.model}: {spec.n_layers} layers of dim {spec.dim}, {params.total(spec):,} parameters"),
+        ("Step", f"{sequences} sequences of {job.context:,} tokens"),
+        ("Data", ", ".join(f"`{path}`" for path in options.data) or "none"),
+        ("Training data", f"{job.tokens:,} tokens, vocabulary {job.tokenizer.vocab_size:,}"),
+        ("Validation data", validation),
+        ("Machine", machine(options)),
+        ("Versions", f"torch {torch.__version__}, Python {platform.python_version()}"),
+    ]
 
 
-def trained(session: Trainer) -> Iterator[tuple[str, str]]:
-    job, options = session.job, session.options
-    spec = job.spec
-    yield "Model", f"{options.model}: {spec.n_layers} layers of {spec.dim}, {params.total(spec):,} parameters"
-    yield (
-        "Rows",
-        f"{options.loop.batch_size * options.loop.gradient_accumulation_steps} of {job.context:,} tokens in a step",
-    )
-    yield "Data", ", ".join(f"`{path}`" for path in options.data) or "none"
-    yield "To learn from", f"{job.tokens:,} tokens, vocabulary {job.tokenizer.vocab_size:,}"
-    if job.val is not None:
-        yield "To validate on", f"{len(job.val):,} tokens"
-    yield "Machine", machine(options)
-    yield "torch", f"{torch.__version__}, Python {platform.python_version()}"
-
-
-def took(session: Trainer, found: Results) -> Iterator[tuple[str, str]]:
-    plan = session.plan
-    yield "Tokens", f"{session.state.tokens:,} ({session.state.tokens / session.job.tokens:.2f} epochs)"
-    yield "Time", f"{clock(found.seconds)}; expected {lasting(plan.run.seconds)} for the whole run"
-    if found.speed is not None:
-        yield "Throughput", f"{found.speed:,.0f} tokens per second (median)"
-    if found.mfu is not None:
-        kind = str(plan.dtype).removeprefix("torch.")
-        yield "MFU", f"{found.mfu:.1%} of the {rate(plan.peak)} measured here for {kind} products"
-    if found.memory is not None:
-        before = f" and {size(plan.base)} before it began" if plan.base else ""
-        yield "Memory, the most", f"{size(found.memory)}; expected {size(plan.memory.total)} for training{before}"
+def cost_rows(trainer: Trainer, metrics: Results) -> list[Row]:
+    plan = trainer.plan
+    epochs = trainer.state.tokens / trainer.job.tokens
+    expected = format_duration(plan.run.seconds)
+    rows = [
+        ("Tokens", f"{trainer.state.tokens:,} ({epochs:.2f} epochs)"),
+        ("Time", f"{format_clock(metrics.seconds)}; expected {expected} for the whole run"),
+    ]
+    if metrics.speed is not None:
+        rows.append(("Throughput", f"{metrics.speed:,.0f} tokens per second (median)"))
+    if metrics.mfu is not None:
+        dtype = str(plan.dtype).removeprefix("torch.")
+        peak = format_scaled(plan.peak, "FLOP/s")
+        rows.append(("MFU", f"{metrics.mfu:.1%} of the {peak} measured for {dtype} matmuls"))
+    if metrics.memory is not None:
+        before = f" and {format_bytes(plan.base)} before it" if plan.base else ""
+        planned = format_bytes(plan.memory.total)
+        rows.append(("Peak memory", f"{format_bytes(metrics.memory)}; expected {planned} for training{before}"))
     if plan.gpu is not None:
-        price = f"{plan.devices} x {plan.gpu.name.upper()} at ${plan.gpu.price:.2f} an hour"
-        yield "Cost", f"${found.seconds / 3600 * plan.devices * plan.gpu.price:.2f}: {price}"
+        dollars = metrics.seconds / 3600 * plan.devices * plan.gpu.price
+        rows.append(("Price", f"${dollars:.2f}: {plan.devices} x {plan.gpu.name.upper()}, ${plan.gpu.price:.2f}/hour"))
+    return rows
 
 
 def machine(options: Train) -> str:
+    """The GPU, or the processor and its threads."""
     device = torch.device(options.loop.device)
     if device.type == "cuda":
-        known = gpu_of(device)
-        return torch.cuda.get_device_name(device) + (f" ({known.name})" if known else "")
+        gpu = find_gpu(device)
+        return torch.cuda.get_device_name(device) + (f" ({gpu.name})" if gpu else "")
     return f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}"
 
 
-def files(session: Trainer) -> Iterator[tuple[str, str]]:
-    run = session.run
-    for name, words in (
-        ("latest", "the newest checkpoint: a Hugging Face folder, to chat with or go on from"),
-        ("ema", "the averaged model"),
-        (METRICS, "every measurement"),
-        ("tensorboard", f"the same: `tensorboard --logdir {run}`"),
-        ("nonfinite.jsonl", "steps that were no number"),
-        (CONFIG, "every setting"),
-    ):
-        if (run / name).exists():
-            yield f"[{name}]({name})", words
-
-
-def changed(options: Any) -> dict[str, Any]:
-    """The settings that are not their class's defaults, paths left out."""
-    found: dict[str, Any] = {}
+def changed_settings(options: Any) -> dict[str, Any]:
+    """The settings that differ from their class's defaults, without paths."""
+    changed: dict[str, Any] = {}
     default = type(options)()
     for f in fields(options):
         value = getattr(options, f.name)
         if is_dataclass(value):
-            found |= changed(value)
+            changed |= changed_settings(value)
         elif value != getattr(default, f.name) and f.name not in PATHS:
-            found[f.name] = value
-    return found
+            changed[f.name] = value
+    return changed
 
 
 def fenced(text: str) -> str:
-    """In a block that the text itself cannot end."""
+    """A Markdown code block whose fence does not occur in the text."""
     fence = "```"
     while fence in text:
         fence += "`"

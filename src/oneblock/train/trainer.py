@@ -27,7 +27,7 @@ from oneblock.store import replace_model_folder
 from oneblock.store.save import write_model
 from oneblock.train import checkpoint, report
 from oneblock.train.build import learner_for
-from oneblock.train.loggers import sinks
+from oneblock.train.loggers import open_loggers
 from oneblock.train.loop import Metrics, Observe, State, done, start, train
 from oneblock.train.losses import evaluate
 from oneblock.train.machine import peak_memory, precision, use_device
@@ -35,7 +35,7 @@ from oneblock.train.nonfinite import MOST, Guard, told
 from oneblock.train.options import Train
 from oneblock.train.preflight import Estimate, estimate
 from oneblock.train.prepare import Job, dropout_of
-from oneblock.train.progress import Reading, Show
+from oneblock.train.progress import Progress, ProgressDisplay
 from oneblock.train.run import Log
 
 
@@ -96,14 +96,14 @@ class Trainer:
         options: Train,
         run: Path,
         state: State,
-        show: Show,
+        show: ProgressDisplay,
         plan: Estimate | None = None,
         world: World | None = None,
     ):
         self.job, self.options, self.run, self.state, self.show = job, options, run, state, show
         self.world = world or World()
         self.log = Log(run, state.step, silent=not self.world.is_main)
-        self.sinks = sinks(run, options, state.step) if self.world.is_main else []
+        self.loggers = open_loggers(run, options, state.step) if self.world.is_main else []
         self.guard = Guard(run)
         self.device = torch.device(options.loop.device)
         self.plan = plan or estimate(job, options, self.world)
@@ -146,8 +146,8 @@ class Trainer:
             yield
         finally:
             self.saver.linger()
-            for sink in self.sinks:
-                sink.close()
+            for logger in self.loggers:
+                logger.close()
 
     def observe(self, state: State, metrics: Metrics) -> None:
         watch, last = self.options.watch, done(state, self.options.loop) >= 1
@@ -168,8 +168,8 @@ class Trainer:
         if due(watch.sample_every):
             text = self.sample(watch.prompt, watch.sample_tokens)
             self.show.note(text + "\n", "dim")
-            for sink in self.sinks:
-                sink.text(state.step, text)
+            for logger in self.loggers:
+                logger.text(state.step, text)
         if due(watch.save_every) and not last:
             self.save()
         tokens, at = self.window  # what was done aside does not count as training time
@@ -189,23 +189,23 @@ class Trainer:
         )
         progress = done(self.state, self.options.loop)
         left = metrics.seconds / progress * (1 - progress)
-        reading = Reading(metrics.step, min(progress, 1.0), loss, left=left, **machine)
-        self.show.reading(reading, metrics.seconds)
+        status = Progress(metrics.step, min(progress, 1.0), loss, left=left, **machine)
+        self.show.update(status, metrics.seconds)
 
     def experts(self, step: int, seen: dict[str, Tensor]) -> dict[str, float]:
         """How evenly experts are used; nothing where there are none."""
         found = {"load_balancing_loss": float(seen["load_balancing_loss"])} if "load_balancing_loss" in seen else {}
         if (load := seen.get("load")) is None:
             return found
-        for sink in self.sinks:
-            sink.load(step, load)
+        for logger in self.loggers:
+            logger.load(step, load)
         return {**found, "max_load": float(load.max()), "min_load": float(load.min())}
 
     def add(self, row: dict[str, float]) -> None:
         """A line of the log, here and wherever else it goes."""
         row = self.log.add(row)
-        for sink in self.sinks:
-            sink.add(row)
+        for logger in self.loggers:
+            logger.add(row)
 
     def inspect(self) -> None:
         """Write down the steps since the last look that were no number, and stop the run where that was asked for."""
