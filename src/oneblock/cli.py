@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NoReturn, get_type_hints
 
 from oneblock.errors import OneblockError
@@ -176,7 +177,12 @@ def guarded(name: str, argv: list[str], debug: bool) -> int:
 
 
 def execute(name: str, argv: list[str]) -> None:
-    from oneblock.flags import parse
+    """Parse the flags and run the command; one that takes `typed` is told which fields were given."""
+    from oneblock.flags import parse, typed_fields
 
-    run, options = load(name)
-    run(parse(options, argv, f"oneblock {name}", COMMANDS[name].examples))
+    run, cls = load(name)
+    options = parse(cls, argv, f"oneblock {name}", COMMANDS[name].examples)
+    if "typed" in signature(run).parameters:
+        run(options, typed=typed_fields(cls, argv))
+    else:
+        run(options)

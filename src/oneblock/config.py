@@ -175,13 +175,17 @@ def literal(value: Any) -> str:
 
 def load_toml(cls: type[T], path: str | Path) -> T:
     """The class from a TOML file; fields the file leaves out keep their defaults."""
+    return build(cls, read_toml(path), str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. OneblockError where it cannot be read or parsed."""
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise OneblockError(f"cannot read the configuration {path}: {e.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise OneblockError(f"{path} is not valid TOML: {e}") from None
-    return build(cls, data, str(path))
 
 
 def build(cls: type[T], data: dict[str, Any], where: str) -> T:

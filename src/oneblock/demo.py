@@ -48,17 +48,20 @@ class Demo:
 
 
 def demo(options: Demo) -> None:
+    from oneblock.train.run import lock_run
+
     began = time.perf_counter()
     check_ranges(options)
     run = make_folder(options.out)
     text = run / f"python-{platform.python_version()}.txt"
     text.write_text(corpus(), encoding="utf-8")
     print(f"Training on the source of the standard library of Python {platform.python_version()}.")
-    trainer = build_trainer(run, text, options, began)
-    if not trainer.go(Sampler(trainer).observe):
-        print(f"stopped and saved; go on with: {command()} train --resume {run}", file=sys.stderr)
-        raise SystemExit(130)
-    finish(trainer)
+    with lock_run(run):
+        trainer = build_trainer(run, text, options, began)
+        if not trainer.go(Sampler(trainer).observe):
+            print(f"stopped and saved; go on with: {command()} train --resume {run}", file=sys.stderr)
+            raise SystemExit(130)
+        finish(trainer)
     print(f"\nDone in {time.perf_counter() - began:.0f} seconds. {next_steps(run)}")
 
 

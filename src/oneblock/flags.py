@@ -33,6 +33,7 @@ from oneblock.config import (
     nearest,
     plain,
     range_of,
+    read_toml,
 )
 from oneblock.errors import OneblockError
 
@@ -204,6 +205,18 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, examples: Sequence[str] 
         raise refuse(prog, str(error)) from None
     except SystemExit:
         raise refuse(prog, one_line(errors.getvalue())) from None
+
+
+def typed_fields(cls: type, argv: Sequence[str]) -> set[str]:
+    """Names of the fields that valid arguments set, by a flag or in the file of `--config`, default values included."""
+    argv = normalize(cls, argv, "")
+    typed = {token.partition("=")[0] for token in argv if FLAG.fullmatch(token)}
+    names = {flag.name.replace("-", "_") for flag in list_flags(cls) if typed & {*flag.spellings}}
+    tables = [] if (path := config_path(cls, argv)) is None else [read_toml(path)]
+    for table in tables:
+        names |= {key for key, value in table.items() if not isinstance(value, dict)}
+        tables += [value for value in table.values() if isinstance(value, dict)]
+    return names
 
 
 def one_line(box: str) -> str:

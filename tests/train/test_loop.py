@@ -19,7 +19,7 @@ from oneblock.train.build import compiles, learner_for
 from oneblock.train.loop import Metrics, State, start, train
 from oneblock.train.losses import evaluate, next_token
 from oneblock.train.machine import has_bf16, precision
-from oneblock.train.optim import batches_before, batches_in, build, decayed_names, share
+from oneblock.train.optim import build, decayed_names, lr_ratio, micro_batches_before, micro_batches_in
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
 
 LOOP = Loop(steps=20, batch_size=4, dtype="float32")
@@ -108,17 +108,33 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
 
 
 def test_schedules() -> None:
-    cosine, flat = (
-        Schedule("cosine", warmup=10, min_lr_ratio=0.1),
-        Schedule("wsd", warmup=10, decay=0.25, min_lr_ratio=0.1),
-    )
-    assert share(0.0, 0, cosine) == pytest.approx(0.1)  # a tenth of the warm-up
-    assert share(0.5, 50, cosine) == pytest.approx(0.55)
-    assert share(0.5, 50, flat) == share(0.75, 75, flat) == 1.0
-    assert share(0.875, 87, flat) == pytest.approx(0.55)
-    for schedule in (cosine, flat):
-        assert share(1.0, 100, schedule) == pytest.approx(0.1)
-        assert share(1.2, 120, schedule) == pytest.approx(0.1)  # a step that outlasts the run's time
+    cosine = Schedule("cosine", warmup=10, min_lr_ratio=0.1)
+    linear = Schedule("linear", warmup=10, min_lr_ratio=0.1)
+    wsd = Schedule("wsd", warmup=10, decay=0.25, min_lr_ratio=0.1)
+    assert [lr_ratio(0.55, 55, schedule) for schedule in (cosine, linear)] == pytest.approx([0.55, 0.55])
+    assert lr_ratio(0.5, 50, wsd) == lr_ratio(0.75, 75, wsd) == 1.0
+    assert lr_ratio(0.875, 87, wsd) == pytest.approx(0.55)
+    for schedule in (cosine, linear, wsd):
+        assert lr_ratio(1.0, 100, schedule) == pytest.approx(0.1)
+        assert lr_ratio(1.2, 120, schedule) == pytest.approx(0.1)  # a step that outlasts the run's time
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("decay", [0.3, 1.0])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 30])
+def test_the_warmup_ends_at_the_learning_rate(
+    name: Literal["cosine", "linear", "wsd"], decay: float, warmup: int
+) -> None:
+    schedule = Schedule(name, warmup=warmup, decay=decay)
+    ratios = [lr_ratio(step / 100, step, schedule) for step in range(100)]
+    assert ratios[warmup] == 1.0 == max(ratios)
+    assert ratios[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    assert all(a >= b for a, b in zip(ratios[warmup:], ratios[warmup + 1 :], strict=False))
+    assert ratios[-1] < 0.06
+
+
+def test_large_seeds_train() -> None:
+    run(begin(seed=2**63 - 1), replace(LOOP, seed=2**63 - 1, steps=2))
 
 
 def test_clipping_bounds_the_step() -> None:
@@ -159,12 +175,12 @@ def test_bf16_learns_as_fp32_does() -> None:
 
 
 def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
-    sizes = [batches_in(step, 8, 5) for step in range(8)]
+    sizes = [micro_batches_in(step, 8, 5) for step in range(8)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 1
     assert sizes[5:] == [8, 8, 8]
     for step in range(8):
-        assert batches_before(step, 8, 5) == sum(sizes[:step])
+        assert micro_batches_before(step, 8, 5) == sum(sizes[:step])
     seen: list[int] = []
     state, rows = begin(), PackedDataset(TEXT, 12, 2, 0)
 
@@ -175,7 +191,7 @@ def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
     loop = replace(LOOP, batch_size=2, gradient_accumulation_steps=4, steps=6)
     train(state, batch, next_token, loop, Optimizer(), Schedule(batch_size_warmup_steps=3))
     assert seen == list(range(len(seen)))
-    assert state.tokens == len(seen) * 2 * 12 == batches_before(6, 4, 3) * 24
+    assert state.tokens == len(seen) * 2 * 12 == micro_batches_before(6, 4, 3) * 24
 
 
 def test_asked_to_stop_between_batches_it_leaves_the_step() -> None:

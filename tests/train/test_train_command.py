@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from oneblock.cli import main
+from oneblock.config import load_toml
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
 from oneblock.train.options import Train
+from oneblock.train.run import next_folder
 
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400))
 TINY = ["--dim", "16", "--n-layers", "2", "--n-heads", "2", "--context", "24", "--batch-size", "4"]
@@ -62,7 +70,7 @@ def test_a_run_leaves_a_folder_that_loads(text: Path, tmp_path: Path, capsys: py
     assert out.count("7 times") == 2
     assert {p.name for p in run.iterdir()} == {
         *("config.toml", "metrics.jsonl", "tensorboard", "loss.png", "curves.png", "report.md"),
-        *("latest", "step-000010", "step-000012"),
+        *("latest", "step-000010", "step-000012", ".lock"),
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in losses(run)][-1] == 12
@@ -80,7 +88,18 @@ def test_tokenizers(tokenizer: list[str], text: Path, tmp_path: Path) -> None:
     assert llm.spec.vocab == llm.tokenizer.vocab_size == (256 if tokenizer == ["bytes"] else 300)
     again = tmp_path / "again"  # its tokenizer and architecture for another run
     folder = str(run / "latest")
-    argv = ["--tokenizer", folder, "--model", folder, "--steps", "2", "--batch-size", "2", "--context", "16"]
+    argv = [
+        "--tokenizer",
+        folder,
+        "--model",
+        folder + "/config.json",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--context",
+        "16",
+    ]
     assert main(["train", "--data", str(text), "--out", str(again), *argv]) == 0
     assert load(again / "latest").spec == llm.spec
 
@@ -128,21 +147,159 @@ def test_resume_keeps_its_settings_and_can_go_on_longer(
     assert "text has changed" in fails(["train", "--resume", str(run), "--steps", "15"], capsys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resume_applies_or_refuses_typed_defaults(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A typed value that equals the built-in default is still typed, as a flag and in a TOML file."""
+    run = tmp_path / "run"
+    changes = ["--lr", "0.002", "--ema", "0.9", "--log-every", "3"]
+    assert main(["train", "--data", str(text), "--out", str(run), *QUICK, *changes]) == 0
+    for flags in (["--lr", "0.001"], ["--ema", "0"], ["--learning-rate=1e-3"]):
+        name = "--ema" if "--ema" in flags else "--lr"
+        assert f"({name} differ)" in fails(["train", "--resume", str(run), *flags], capsys)
+    path = tmp_path / "typed.toml"
+    path.write_text("[optimizer]\nlr = 0.001\n")
+    assert "(--lr differ)" in fails(["train", "--resume", str(run), "--config", str(path)], capsys)
+    assert "(--lr differ)" in fails(["train", "--resume", str(run), "--lr", "0.001", "--steps", "1000"], capsys)
+    capsys.readouterr()
+    argv = ["train", "--resume", str(run), "--data", os.path.relpath(text), "--lr", "0.002", "--log-every", "10"]
+    assert main([*argv, "--steps", "13"]) == 0
+    recorded = load_toml(Train, run / "config.toml")
+    assert (recorded.watch.log_every, recorded.loop.steps, recorded.optimizer.lr) == (10, 13, 0.002)
+    assert main(["train", "--resume", str(run), "--lr", "0.001", "--allow-changes", "--steps", "14"]) == 0
+    recorded = load_toml(Train, run / "config.toml")
+    assert (recorded.optimizer.lr, recorded.allow_changes) == (0.001, False)
+
+
+def test_init_starts_from_weights(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", "--data", str(text), "--out", str(first), *QUICK, "--steps", "40", "--lr", "1e-2"]) == 0
+    folder = str(first / "latest")
+    more = tmp_path / "more.txt"
+    more.write_text(TEXT.replace("is", "si")[:3000])  # lacks letters that the tokenizer of the weights knows
+    flags = ["--steps", "6", "--log-every", "1", "--save-every", "3", "--eval-every", "0", "--dtype", "float32"]
+    argv = ["train", "--data", str(more), "--init", folder, "--batch-size", "4", "--warmup", "2", *flags]
+    assert main([*argv, "--out", str(second)]) == 0
+    a, b = load(folder), load(second / "latest")
+    assert a.spec == b.spec
+    assert a.tokenizer is not None and b.tokenizer is not None
+    assert a.tokenizer.definition() == b.tokenizer.definition()
+    random = losses(first)[0][1]
+    assert losses(second)[0][1] < random - 0.5
+    assert main([*argv, "--out", str(tmp_path / "frozen"), "--lr", "0"]) == 0
+    trained, frozen = (load_file(path / "model.safetensors") for path in (first / "latest", tmp_path / "frozen/latest"))
+    assert all(torch.equal(trained[name], frozen[name]) for name in trained)
+    shutil.rmtree(first)  # resuming needs the run folder alone
+    assert main(["train", "--resume", str(second), "--steps", "7"]) == 0
+    assert losses(second)[-1][0] == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--model", "{run}/latest"], "--init {run}/latest starts from them"),
+        (["--init", "{run}/latest", "--dim", "32"], "own sizes"),
+        (["--init", "{run}/latest", "--model", "gpt2"], "leave out --model gpt2"),
+        (["--init", "{run}/latest", "--zero-init-residual"], "random weights"),
+        (["--init", "{run}/latest", "--context", "4096"], "above the"),
+        (["--init", "{run}/none"], "no such folder"),
+        (["--init", "{run}/latest", "--prompt", "1" * 99], "--prompt has 99 tokens, but the model's context is 24"),
+        (["--init", "{run}/latest", "--tokenizer", "bytes"], "the tokenizer has 256 tokens"),
+        (["--init", "{run}/config.toml"], "is a file"),
+    ],
+)
+def test_wrong_weights_are_refused(
+    flags: list[str], error: str, run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--data", str(text), "--out", str(tmp_path / "new"), *(flag.format(run=run) for flag in flags)]
+    assert error.format(run=run) in fails(argv, capsys)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_text(TEXT)
+    assert main(["train", "--data", str(folder / "text.txt"), "--out", str(folder / "run"), *QUICK]) == 0
+    return folder / "run"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_at_once(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--data", str(text), *QUICK, "--sample-every", "2", "--prompt", "7 times " * 9]
+    assert "--prompt has 72 tokens, but the model's context is 24" in fails(
+        [*argv, "--out", str(tmp_path / "a")], capsys
+    )
+
+
+def test_a_text_without_newlines_can_be_sampled(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(TEXT.replace("\n", " "))
+    assert main(["train", "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "run"), *QUICK]) == 0
+
+
+def test_two_processes_cannot_write_one_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    flags = [*TINY, "--data", str(text), "--out", str(run), "--steps", "100000", "--save-every", "3", "--workers", "1"]
+    process = started([*flags, "--eval-every", "0"], run)
+    wait_for(run / "latest", process)
+    assert "another process trains in" in fails(["train", "--resume", str(run)], capsys)
+    process.kill()
+    process.communicate()
+    step = int((run / "latest").resolve().name[5:])
+    assert main(["train", "--resume", str(run), "--steps", str(step + 3)]) == 0
+
+
+def test_new_runs_that_start_together_get_their_own_folders(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert {p.name for p in pool.map(next_folder, [tmp_path] * 8)} == {str(n) for n in range(1, 9)}
+
+
+def started(flags: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
+    """A training process that has logged its first steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "oneblock", "train", *flags],
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
+    wait_for(run / "metrics.jsonl", process)
+    return process
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or (path.is_file() and path.read_text().count("\n") <= 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+def test_a_closed_terminal_saves(text: Path, tmp_path: Path) -> None:
+    """SIGHUP, which the kernel sends when the terminal goes; what is written to it afterwards fails."""
+    run = tmp_path / "run"
+    flags = [*TINY, "--data", str(text), "--out", str(run), "--steps", "100000", "--save-every", "0"]
+    ours, theirs = pty.openpty()
+    process = started(
+        [*flags, "--eval-every", "0", "--log-every", "1"],
+        run,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    os.close(ours)
+    assert process.wait(120) == 130
+    assert (run / "latest" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*TINY, "--data", str(text), "--out", str(run), "--steps", "100000", "--save-every", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "oneblock", "train", *flags, "--eval-every", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    log, deadline = run / "metrics.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.read_text().count("\n") > 2):
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    process = started([*flags, "--eval-every", "0"], run)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
@@ -165,7 +322,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(text: Path, tmp_path: Path, capsy
     assert "could not be written" in error
     assert (run / "latest").resolve().name == "step-000012"
     assert {p.name: p.read_bytes() for p in (run / "latest").iterdir()} == before
-    assert not list(run.glob(".*"))
+    assert [path.name for path in run.glob(".*")] == [".lock"]
     assert main(["train", "--resume", str(run), "--steps", "13"]) == 0
 
 
@@ -176,7 +333,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(text: Path, tmp_path: Path, capsy
     ("flags", "said"),
     [
         (["--context", "500"], "validation text has"),
-        (["--context", "900", "--val-share", "0.5"], "fewer than one row"),
+        (["--context", "900", "--val-share", "0.5"], "fewer than one sequence"),
         (["--model", "lama"], "llama"),
         (["--tokenizer", "char"], "did you mean chars?"),
         (["--tokenizer", "bpe", "--vocab", "100"], "vocabulary of 100"),
@@ -232,7 +389,7 @@ def test_bad_text(content: bytes, said: str, tmp_path: Path, capsys: pytest.Capt
 def test_a_tokenizer_too_large_for_the_model(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["train", "--data", str(text), "--out", str(run), *QUICK]) == 0
-    argv = ["train", "--data", str(text), "--model", str(run / "latest"), "--tokenizer", "bytes"]
+    argv = ["train", "--data", str(text), "--model", str(run / "latest" / "config.json"), "--tokenizer", "bytes"]
     assert "the tokenizer has 256 tokens" in fails(argv, capsys)
     assert "own sizes" in fails([*argv, "--dim", "32"], capsys)
     assert "exists" in fails(["train", "--data", str(text), "--out", str(run)], capsys)

@@ -16,7 +16,7 @@ from oneblock.parallel.world import World
 from oneblock.train import optim
 from oneblock.train.losses import Loss
 from oneblock.train.machine import precision
-from oneblock.train.optim import Optimizers, average, batches_before, batches_in, share
+from oneblock.train.optim import Optimizers, average, lr_ratio, micro_batches_before, micro_batches_in
 from oneblock.train.options import Loop, Optimizer, Schedule
 
 Batches = Callable[[int], Batch]  # the n-th batch of the run, a pure function of n
@@ -90,10 +90,10 @@ def train(
     engine = TrainStep(learner, batches, loop, optimizer, schedule, world or World())
     began = time.perf_counter() - state.seconds
     while (progress := done(state, loop)) < 1 and not engine.world.any_rank(state.stop):
-        rate = share(progress, state.step, schedule)
+        rate = lr_ratio(progress, state.step, schedule)
         state.optimizer.set_rate(rate)
         seed = (engine.world.rank << 40) + loop.seed * 1_000_003 + state.step
-        torch.manual_seed(seed)  # dropout, too, is a function of (seed, step), another on each rank
+        torch.manual_seed(seed % 2**63)  # dropout, too, is a function of (seed, step), another on each rank
         made = engine.update(state)
         if made is None:
             break
@@ -139,8 +139,8 @@ class TrainStep:
     def update(self, state: State) -> StepResult | None:
         """One step of the optimizer; None where the run was asked to stop before its last batch."""
         micro_batches, warmup = self.loop.gradient_accumulation_steps, self.schedule.batch_size_warmup_steps
-        first = batches_before(state.step, micro_batches, warmup)
-        numbers = range(first, first + batches_in(state.step, micro_batches, warmup))
+        first = micro_batches_before(state.step, micro_batches, warmup)
+        numbers = range(first, first + micro_batches_in(state.step, micro_batches, warmup))
         parts = [shard_batch(self.batches(n), self.world) for n in numbers]
         device = next(state.model.parameters()).device
         count = torch.tensor(sum(part.count for part in parts), dtype=torch.float64, device=device)

@@ -132,31 +132,34 @@ def average(ema: dict[str, Tensor], model: nn.Module, decay: float, good: Tensor
         mean.lerp_(found[name].detach(), weight)
 
 
-# ------------------------------------------------------------------ the learning rate
+# ------------------------------------------------------------------ learning rate and batch size
 
 
-def share(progress: float, step: int, schedule: Schedule) -> float:
-    """The learning rate as a share of its peak, `progress` (0 to 1) into the run."""
-    warm = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
-    return warm * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape(progress, schedule))
+def lr_ratio(progress: float, step: int, schedule: Schedule) -> float:
+    """The learning rate as a share of its peak, `progress` (0 to 1) into the run, in its step number `step`.
 
-
-def shape(progress: float, schedule: Schedule) -> float:
-    """From 1 at the start to 0 at the end: half a cosine wave, a line, or flat with a line down at the end."""
-    progress = min(progress, 1.0)
+    Linear warmup ends exactly at 1; the decay runs from there to `min_lr_ratio` at progress 1.
+    """
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    warmup = progress * schedule.warmup / step if step else 0.0  # share of the run, also of one measured in seconds
+    left = max(0.0, 1 - progress)
     if schedule.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule.schedule == "linear":
-        return 1 - progress
-    return min(1.0, (1 - progress) / schedule.decay) if schedule.decay else 1.0
+        decayed = 0.5 * (1 - math.cos(math.pi * min(1.0, left / (1 - warmup)))) if warmup < 1 else 0.0
+    elif schedule.schedule == "linear":
+        decayed = left / (1 - warmup) if warmup < 1 else 0.0
+    else:
+        decay = min(schedule.decay, 1 - warmup)
+        decayed = min(1.0, left / decay) if decay > 0 else 1.0
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * decayed
 
 
-def batches_in(step: int, accumulate: int, ramp: int) -> int:
-    """Batches of one step: on a ramp they grow from 1 to `accumulate` over the first steps."""
-    return accumulate if step >= ramp else max(1, round(accumulate * (step + 1) / (ramp + 1)))
+def micro_batches_in(step: int, full: int, warmup: int) -> int:
+    """Micro-batches of a step: they grow linearly from 1 to `full` over the first `warmup` steps."""
+    return full if step >= warmup else max(1, round(full * (step + 1) / (warmup + 1)))
 
 
-def batches_before(step: int, accumulate: int, ramp: int) -> int:
-    """Batches that came before a step: where its own begin."""
-    early = sum(batches_in(s, accumulate, ramp) for s in range(min(step, ramp)))
-    return early + max(0, step - ramp) * accumulate
+def micro_batches_before(step: int, full: int, warmup: int) -> int:
+    """Micro-batches of all earlier steps: the number of the first one of this step."""
+    early = sum(micro_batches_in(s, full, warmup) for s in range(min(step, warmup)))
+    return early + max(0, step - warmup) * full

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from oneblock.config import SEED, Range, check_ranges
 
@@ -154,9 +154,10 @@ class Train:
     documents: bool = False  # attention and positions stay within each document of a packed sequence
     val: tuple[Path, ...] = ()  # validation text files; default: the end of the data
     val_share: Probability = 0.1  # share of the data held out for validation if --val is not given
-    tokenizer: str = "chars"  # chars, bytes, bpe (with --vocab), or a folder with a tokenizer
+    tokenizer: str | None = None  # chars, bytes, bpe (with --vocab), or a folder; default: that of --init, else chars
     vocab: Natural = 4096  # vocabulary size of a bpe tokenizer
     model: str = "llama"  # architecture: a model or family name (oneblock models), or a config.json
+    init: str | None = None  # start from these weights: a model folder, or org/name on the hub
     context: Annotated[int | None, Range(low=1)] = None  # sequence length; default: the model's, at most 1024
     sizes: Sizes = field(default_factory=Sizes)
     start: Start = field(default_factory=Start)
@@ -174,3 +175,24 @@ class Train:
     dry_run: bool = False  # print what the run needs, then exit
 
     __post_init__ = check_ranges
+
+
+def flatten(options: Any) -> dict[str, Any]:
+    """All fields of a dataclass in one dict, nested dataclasses included."""
+    values: dict[str, Any] = {}
+    for f in fields(options):
+        value = getattr(options, f.name)
+        values |= flatten(value) if is_dataclass(value) else {f.name: value}
+    return values
+
+
+def with_changes(options: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a dataclass with fields changed by name, wherever they are nested."""
+    new = {}
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if is_dataclass(value):
+            new[f.name] = with_changes(value, changes)
+        elif f.name in changes:
+            new[f.name] = changes[f.name]
+    return replace(options, **new)

@@ -20,7 +20,7 @@ from oneblock.plan.training import GPUS, Gpu, Run, run
 from oneblock.spec import Spec
 from oneblock.train.loggers import check_loggers
 from oneblock.train.machine import peak_flops, peak_memory, product_dtype, total_memory, use_device
-from oneblock.train.optim import batches_before
+from oneblock.train.optim import micro_batches_before
 from oneblock.train.options import Loop, Train
 from oneblock.train.prepare import Job
 from oneblock.units import format_bytes, format_count, format_duration, format_scaled
@@ -75,7 +75,7 @@ def estimate(job: Job, options: Train, world: World | None = None) -> Estimate:
     if loop.seconds is None:
         steps, total = (
             loop.steps,
-            batches_before(loop.steps, loop.gradient_accumulation_steps, options.schedule.batch_size_warmup_steps)
+            micro_batches_before(loop.steps, loop.gradient_accumulation_steps, options.schedule.batch_size_warmup_steps)
             * row,
         )
     else:

@@ -1,23 +1,27 @@
-"""A run's folder: what was asked for, what was measured, a picture, and its checkpoints.
+"""The run folder: options, metrics, plots and checkpoints.
 
-config.toml      the settings, as `--config` takes them
-metrics.jsonl    a line for each look at the losses
-nonfinite.jsonl  a line for each step that was no number, where there was one
-tensorboard/     the same for TensorBoard
-report.md        what was trained, on what, and what came out
-loss.png         the loss over steps
-curves.png       over tokens and time; throughput, gradient, learning rate
-step-000500/     checkpoints: Hugging Face folders with the tokenizer and the optimizer's state
-latest           the newest of them
-ema/             the averaged weights at the end, where an average was kept
+config.toml      the options, as `--config` takes them
+metrics.jsonl    one line per log interval and validation
+nonfinite.jsonl  one line per step with a NaN or Inf loss or gradient
+tensorboard/     the metrics as TensorBoard event files
+report.md        data, settings, results
+loss.png         loss over steps
+curves.png       loss over tokens and time; throughput, gradient norm, learning rate
+step-000500/     a checkpoint: a Hugging Face folder with tokenizer and optimizer state
+latest           link to the newest checkpoint
+ema/             the EMA weights after the last step, with --ema
+.lock            locked by the process that writes the run
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,36 +29,65 @@ from typing import Any
 from oneblock.config import load_toml, to_toml
 from oneblock.errors import OneblockError
 from oneblock.files import write_file
-from oneblock.train.options import Train
+from oneblock.train.options import Train, flatten
 from oneblock.train.plot import Row, draw, draw_all, smooth
 
-CONFIG, METRICS, PICTURE, CURVES = "config.toml", "metrics.jsonl", "loss.png", "curves.png"
-PATHS = ("data", "val", "out", "resume", "config", "dry_run")  # not settings of how something is learned
+CONFIG, METRICS, PICTURE, CURVES, LOCK = "config.toml", "metrics.jsonl", "loss.png", "curves.png", ".lock"
+PATHS = ("data", "val", "out", "resume", "config", "dry_run", "allow_changes")  # options that are not settings
 
 
 def new_folder(out: Path | None) -> Path:
-    """The folder asked for, which must be new or empty, or `runs/N` with the next free number."""
-    if out is None:
-        taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
-        out = Path("runs") / str(max(taken, default=0) + 1)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OneblockError(f"{out} exists: choose another --out, or go on with --resume {out}")
+    """Create `out`, which must be absent or empty, or `runs/N` with the next free number."""
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OneblockError(f"{out} exists: choose another --out, or continue it with --resume {out}")
     try:
+        if out is None:
+            return next_folder(Path("runs"))
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise OneblockError(f"cannot create {out}: {e.strerror}") from None
+        raise OneblockError(f"cannot create {out or 'runs'}: {e.strerror}") from None
     return out
 
 
+def next_folder(parent: Path) -> Path:
+    """Create the numbered folder after the last one; processes that start together get one each."""
+    number = max((int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit()), default=0)
+    while True:
+        number += 1
+        try:
+            (parent / str(number)).mkdir(parents=True)
+            return parent / str(number)
+        except FileExistsError:
+            continue
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Hold the run folder's lock; the system releases it however the process ends.
+
+    OneblockError where another process holds it. A POSIX lock belongs to one process, so that forked loader workers
+    cannot outlive it with the lock.
+    """
+    with (run / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                raise OneblockError(f"another process trains in {run}: stop it, or choose another --out") from None
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without locks
+                raise
+        yield
+
+
 def record(run: Path, options: Train) -> None:
-    """Write the settings; paths are made absolute, so that a run can be resumed from anywhere."""
-    kept = replace(
+    """Write config.toml; paths are made absolute, so that a run can be resumed from any directory."""
+    recorded = replace(
         options,
         data=tuple(path.absolute() for path in options.data),
         val=tuple(path.absolute() for path in options.val),
-        **{"out": None, "resume": None, "config": None, "dry_run": False},
+        **{"out": None, "resume": None, "config": None, "dry_run": False, "allow_changes": False},
     )
-    write_file(run / CONFIG, to_toml(kept))
+    write_file(run / CONFIG, to_toml(recorded))
 
 
 def recorded(run: Path) -> Train:
@@ -62,24 +95,18 @@ def recorded(run: Path) -> Train:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """All settings in one dict that JSON can hold."""
-    found: dict[str, Any] = {}
-    for f in fields(options):
-        value = getattr(options, f.name)
-        if is_dataclass(value):
-            found |= settings(value)
-        else:
-            found[f.name] = value if isinstance(value, int | float | str | None) else str(value)
-    return found
+    """All options in one flat dict of JSON values."""
+    values = flatten(options).items()
+    return {key: value if isinstance(value, int | float | str | None) else str(value) for key, value in values}
 
 
 class Log:
-    """`metrics.jsonl`, a line at a time."""
+    """Writer of `metrics.jsonl`."""
 
     def __init__(self, run: Path, step: int = 0, silent: bool = False):
-        """Go on after `step`: what a stopped run wrote past its last checkpoint will be measured again.
+        """Keep the rows up to `step`: those after the checkpoint that a run resumes from are measured again.
 
-        `silent`: keep rows without writing them; another process does.
+        `silent`: collect rows without writing them, as ranks other than the first do.
         """
         self.silent = silent
         self.path = run / METRICS
@@ -89,7 +116,7 @@ class Log:
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> Row:
-        """Write a line, and what was written: what is no number is left out, since JSON has none."""
+        """Append a row and return it without its NaN and Inf values, which JSON lacks."""
         row = {key: value for key, value in row.items() if math.isfinite(value)}
         self.rows.append(row)
         if self.silent:
@@ -106,7 +133,7 @@ class Log:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The whole lines of a log; one cut short by a kill is left out."""
+    """The rows of a log, without a last line that a kill cut short."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -118,19 +145,19 @@ def read(path: Path) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Results:
-    """What came of a run, read off its rows; None: not measured."""
+    """Results of a run, from its rows; None: not measured."""
 
     steps: int
     tokens: int
     seconds: float
-    loss: float | None  # of training: the end of the smoothed curve
-    val: float | None  # the last
-    best: float | None  # the lowest validation loss, and its step
+    loss: float | None  # training loss, smoothed, at the end
+    val: float | None  # last validation loss
+    best: float | None  # lowest validation loss
     best_step: int | None
     val_ema: float | None
-    speed: float | None  # tokens per second: the median of all looks
+    speed: float | None  # tokens per second, median
     mfu: float | None
-    memory: int | None  # bytes, the most
+    memory: int | None  # peak bytes
 
 
 def results(rows: Sequence[Row]) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from oneblock.parallel import parallelize
 from oneblock.parallel.world import World
 from oneblock.plan import flops, params
 from oneblock.store import replace_model_folder
+from oneblock.store.load import load_model
 from oneblock.store.save import write_model
 from oneblock.train import checkpoint, report
 from oneblock.train.build import learner_for
@@ -40,9 +42,14 @@ from oneblock.train.run import Log
 
 
 def fresh(job: Job, options: Train, world: World | None = None) -> State:
-    """Step 0, on every rank its part."""
-    model = Decoder(job.spec)
-    init_weights(model, options.loop.seed, options.start.zero_init_residual, options.start.embed_std)
+    """The state of step 0: random weights, or those of --init; each rank gets its part."""
+    if job.init is None:
+        model = Decoder(job.spec)
+        init_weights(model, options.loop.seed, options.start.zero_init_residual, options.start.embed_std)
+    else:
+        loaded = load_model(job.init, torch.float32).model  # its weights are pages of the file
+        model = Decoder(loaded.spec)
+        model.load_state_dict(loaded.state_dict())
     model = model.to(use_device(options.loop.device))
     model = parallelize.parallelize(model, world or World())
     return start(model, options.optimizer)
@@ -50,17 +57,24 @@ def fresh(job: Job, options: Train, world: World | None = None) -> State:
 
 @contextmanager
 def stopping(state: State) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step that is under way; a second Ctrl-C ends it at once."""
+    """Ctrl-C, SIGTERM and SIGHUP end the run after the current step; a second Ctrl-C ends it at once."""
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    def ask(number: int, frame: object) -> None:
+    def request_stop(number: int, frame: object) -> None:
         if state.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         state.stop = True
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
+            for fd in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: keep training
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request_stop) for number in numbers}
     try:
         yield
     finally:
@@ -264,7 +278,7 @@ class Trainer:
         if not self.world.is_main or not self.world.has_full_weights:
             return ""
         llm = LLM(self.state.model, self.job.tokenizer)
-        ids = self.job.tokenizer.encode(prompt) or self.job.texts[0].read(0, 1).tolist()
+        ids = self.job.prompt_ids(prompt)
         room = max(1, min(tokens, self.job.spec.context - len(ids)))
         with torch.compiler.set_stance("force_eager"):  # a cache's shapes would be compiled one by one
             reply = llm.generate(ids, max_tokens=room, temperature=0.8, seed=self.options.loop.seed)
