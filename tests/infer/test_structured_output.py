@@ -1,4 +1,4 @@
-"""What a reply must be: every sampled reply is one, rows are what they would be alone, refusals are one line."""
+"""Structured output: every sampled reply matches, batched == unbatched, errors are one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from oneblock import OneblockError, cli
 from oneblock.infer.llm import LLM
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import sample_tokens
-from oneblock.infer.structured_output import CompiledGrammar, GrammarMatchers, StructuredOutput, Vocabulary
+from oneblock.infer.stop import Ending
+from oneblock.infer.structured_output import CompiledGrammar, GrammarMatchers, GrammarVocabulary, StructuredOutput
 from oneblock.model import Decoder, init_weights
 from oneblock.text import Tokenizer
 from oneblock.text.stream import TokenBytes
@@ -89,7 +90,7 @@ def is_person(text: str) -> bool:
 # ------------------------------------------------------------------ every reply is one
 
 
-def test_replies_keep_to_a_schema(llm: LLM) -> None:
+def test_replies_match_a_schema(llm: LLM) -> None:
     texts = sampled(llm, 60, schema=PERSON)
     assert all(map(is_person, texts))
     assert len({len(text) for text in texts}) > 5
@@ -120,20 +121,61 @@ def test_replies_are_choices(llm: LLM) -> None:
     assert set(sampled(llm, 4, choices=many)) <= set(many)
 
 
-def test_replies_keep_to_a_grammar(llm: LLM) -> None:
+@pytest.fixture(scope="module")
+def without_eos(llm: LLM) -> LLM:
+    """The same model, where no token ends a text."""
+    return LLM(llm.model, byte_level())
+
+
+def test_choices_without_end_of_text(without_eos: LLM) -> None:
+    """A choice that is a prefix of another ends where the model does not continue it."""
+    choices = ["a", "ab", "abc", "b"]
+    texts = sampled(without_eos, 80, choices=choices, logit_bias={ord(c): 6.0 for c in "abc"})
+    assert set(texts) == set(choices)
+    texts = sampled(without_eos, 40, choices=choices, logit_bias={ord("b"): -1e4})
+    assert set(texts) == {"a"}
+    for bias, expected in (({ord("a"): 1e4}, "a"), ({ord("a"): 1e3, ord("b"): 1e4, ord("c"): 1e4}, "b")):
+        found = without_eos.generate("x", choices=choices, temperature=0, logit_bias=bias)
+        assert (found.text, found.finish_reason) == (expected, "stop")
+    logits = {ord("a"): 100.0, ord("b"): 50.0, ord("z"): 60.0}  # after "a", "z" is likelier than "b"
+    assert without_eos.generate("x", choices=["a", "ab"], temperature=0, logit_bias=logits).text == "a"
+    logits = {ord("a"): 50.0, ord("b"): 100.0}
+    assert without_eos.generate("x", choices=["a", "ab"], temperature=0, logit_bias=logits).text == "ab"
+
+
+def test_choices_without_end_of_text_in_batches_and_with_draft_tokens(without_eos: LLM) -> None:
+    choices = ["a", "ab", "abc", "abcd", "xy"]
+    options: dict[str, Any] = {"choices": choices, "logit_bias": {ord(c): 4.0 for c in "abcd"}}
+    prompts, seeds = ["x", "a longer prompt", "yy"], [3, 1, 4]
+    batch = without_eos.generate(prompts, seed=seeds, **options)
+    for prompt, seed, reply in zip(prompts, seeds, batch, strict=True):
+        single = without_eos.generate(prompt, seed=seed, **options)
+        assert (single.ids, single.text, single.finish_reason) == (reply.ids, reply.text, "stop")
+        assert "".join(without_eos.stream(prompt, seed=seed, **options)) == reply.text
+    speculative = LLM(without_eos.model, without_eos.tokenizer)
+    speculative.set_speculative_decoding(3)
+    for prompt in ("abab", "x", "abcdabcd"):
+        expected = without_eos.generate(prompt, temperature=0, **options)
+        assert speculative.generate(prompt, temperature=0, **options).text == expected.text
+        assert speculative.generate(prompt, seed=1, **options).text in choices
+
+
+def test_replies_match_a_grammar(llm: LLM) -> None:
     for text in sampled(llm, 20, grammar=SUM):
         assert re.fullmatch(r"[0-9+()]+", text)
         assert eval(re.sub(r"(?<!\d)0+(?=\d)", "", text)) >= 0
 
 
-def test_without_the_mask_replies_are_none(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GrammarMatchers, "allowed", lambda self: torch.ones(len(self.rows), 257, dtype=torch.bool))
-    monkeypatch.setattr(GrammarMatchers, "push", lambda self, ids: [False] * len(ids))
+def test_without_the_mask_replies_do_not_match(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        GrammarMatchers, "allowed_tokens", lambda self: torch.ones(len(self.rows), 257, dtype=torch.bool)
+    )
+    monkeypatch.setattr(GrammarMatchers, "accept_tokens", lambda self, ids: [Ending.NONE] * len(ids))
     found = llm.generate(["x"] * 8, choices=CHOICES, seed=0, max_tokens=20)
     assert not any(reply.text in CHOICES for reply in found)
 
 
-def test_a_reply_that_is_cut_says_so(llm: LLM) -> None:
+def test_finish_reason_of_truncated_replies(llm: LLM) -> None:
     found = llm.generate("x", regex="a{10}", max_tokens=4)
     assert (found.text, found.finish_reason) == ("aaaa", "length")
     found = llm.generate("x", regex="a{4}", max_tokens=4)
@@ -143,7 +185,7 @@ def test_a_reply_that_is_cut_says_so(llm: LLM) -> None:
 # ------------------------------------------------------------------ where a text may end
 
 
-def test_the_end_is_allowed_where_the_text_may_end(llm: LLM) -> None:
+def test_end_of_text_is_allowed_where_the_grammar_may_end(llm: LLM) -> None:
     eager, never = {END: 1e4}, {END: -1e4}
     assert llm.generate("x", regex="[ab]{3,5}", logit_bias=eager).ids[3:] == [END]
     held: list[dict[str, Any]] = [{"logit_bias": never}, {"logit_bias": eager, "ignore_eos": True}]
@@ -160,7 +202,7 @@ def test_stop_ids_and_stop_texts(llm: LLM) -> None:
     assert llm.generate("x", regex="[ab]{9}", stop="aa", logit_bias=bias).text == ""
 
 
-def test_it_masks_after_the_bias_and_before_the_cuts() -> None:
+def test_mask_is_applied_after_logit_bias_and_before_filters() -> None:
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
     allowed = torch.tensor([[False, False, True, True]])
     generator = torch.tensor([0.99], dtype=torch.float64)
@@ -183,7 +225,7 @@ def test_it_masks_after_the_bias_and_before_the_cuts() -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}])
 @pytest.mark.parametrize("asked", [{"schema": PERSON}, {"choices": CHOICES}, {"regex": r"(\w{1,3} ){1,6}end"}])
-def test_rows_are_what_they_would_be_alone(llm: LLM, options: dict[str, Any], asked: dict[str, Any]) -> None:
+def test_batched_equals_unbatched(llm: LLM, options: dict[str, Any], asked: dict[str, Any]) -> None:
     prompts, seeds = ["x", "a longer prompt", "mid size", "yy"], [3, 1, 4, 1]
     together = llm.generate(prompts, seed=seeds, **options, **asked)
     assert len({len(reply.ids) for reply in together}) > 1 or "schema" not in asked  # rows leave
@@ -236,49 +278,53 @@ def test_bytes_of_every_kind_of_tokenizer(data: Path, name: str, text: str) -> N
     ids, pieces = tokenizer.encode(text, bos=False), TokenBytes(tokenizer.backend)
     shown = b"".join(pieces[id] for id in ids).decode()
     assert shown.removeprefix(" ") == text
-    matcher = CompiledGrammar(StructuredOutput(choices=[shown, shown + "."]), tokenizer, tokenizer.vocab_size).matcher()
+    matcher = CompiledGrammar(
+        StructuredOutput(choices=[shown, shown + "."]), tokenizer, tokenizer.vocab_size
+    ).start_matcher()
     for id in ids:
-        assert matcher.allowed()[id] and not matcher.must_end
-        assert not matcher.allowed()[list(tokenizer.special.values())].any()
-        matcher.push(id)
-    assert matcher.may_end
-    assert matcher.mask(torch.zeros(tokenizer.vocab_size)).isfinite().any()
-    assert Vocabulary.of(tokenizer, tokenizer.vocab_size) is Vocabulary.of(tokenizer, tokenizer.vocab_size)
+        assert matcher.allowed_tokens()[id] and not matcher.must_end
+        assert not matcher.allowed_tokens()[list(tokenizer.special.values())].any()
+        matcher.accept_token(id)
+    assert matcher.can_end
+    assert matcher.mask_logits(torch.zeros(tokenizer.vocab_size)).isfinite().any()
+    assert GrammarVocabulary.get(tokenizer, tokenizer.vocab_size) is GrammarVocabulary.get(
+        tokenizer, tokenizer.vocab_size
+    )
 
 
 def test_control_tokens_are_no_text() -> None:
     tokenizer = train_bpe(["some text"], 257)
     [end] = tokenizer.eos_ids
-    matcher = CompiledGrammar(StructuredOutput(choices=["<|endoftext|>"]), tokenizer, 257).matcher()
-    assert matcher.allowed().nonzero().flatten().tolist() == tokenizer.encode("<")
-    matcher = CompiledGrammar(StructuredOutput(grammar="start: <|endoftext|> /x/"), tokenizer, 257).matcher()
-    assert matcher.allowed().nonzero().flatten().tolist() == [end]
+    matcher = CompiledGrammar(StructuredOutput(choices=["<|endoftext|>"]), tokenizer, 257).start_matcher()
+    assert matcher.allowed_tokens().nonzero().flatten().tolist() == tokenizer.encode("<")
+    matcher = CompiledGrammar(StructuredOutput(grammar="start: <|endoftext|> /x/"), tokenizer, 257).start_matcher()
+    assert matcher.allowed_tokens().nonzero().flatten().tolist() == [end]
 
 
 # ------------------------------------------------------------------ refusals
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"schema": "{bad"}, "the schema is no valid JSON"),
+    ({"schema": "{bad"}, "the schema is not valid JSON"),
     ({"schema": "3"}, "a JSON schema is an object or true"),
-    ({"schema": False}, "no text keeps to it"),
+    ({"schema": False}, "no string matches it"),
     ({"schema": {"type": "strin"}}, "Invalid type: strin"),
     ({"schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable schema"),
     ({"schema": {"allOf": [{"type": "string"}, {"type": "number"}]}}, "Unsatisfiable schema"),
-    ({"schema": {"$ref": "#"}}, "no text keeps to it"),
+    ({"schema": {"$ref": "#"}}, "no string matches it"),
     ({"schema": {"not": {"type": "string"}}}, "Unimplemented keys"),
     ({"schema": {"$ref": "https://example.com/x"}}, "does not fetch"),
-    ({"schema": {"enum": [{1}]}}, "no valid JSON"),
+    ({"schema": {"enum": [{1}]}}, "not valid JSON"),
     ({"regex": "(a"}, r"the regex '\(a': unclosed group"),
     ({"regex": "(?=a)b"}, "look-around"),
-    ({"regex": r"[^\s\S]"}, "no text keeps to it"),
-    ({"regex": 3}, "regex must be a text"),
+    ({"regex": r"[^\s\S]"}, "no string matches it"),
+    ({"regex": 3}, "regex must be a string"),
     ({"regex": "a" * 70_000}, "70,009 bytes"),
     ({"grammar": "start: foo"}, 'unknown name: "foo"'),
     ({"grammar": ""}, "no start rule"),
-    ({"grammar": 'start: start "a"'}, "no text keeps to it"),
-    ({"choices": []}, "choices must be a list of texts"),
-    ({"choices": "yes"}, "choices must be a list of texts"),
+    ({"grammar": 'start: start "a"'}, "no string matches it"),
+    ({"choices": []}, "choices must be a list of strings"),
+    ({"choices": "yes"}, "choices must be a list of strings"),
     ({"choices": ["a", ""]}, "none of them empty"),
     ({"choices": ["\ud800"]}, "surrogate"),
     ({"choices": ["a"], "regex": "a"}, "give one of schema, regex, grammar and choices, not regex and choices"),
@@ -286,7 +332,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[b[1][:24] for b in BAD])
-def test_what_a_user_can_mend_is_one_line(llm: LLM, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_in_one_line(llm: LLM, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OneblockError, match=f"^[^\n]{{0,80}}.*{message}[^\n]*$"):
         llm.generate("x", **options)
 
@@ -312,8 +358,8 @@ BOMBS = [
 
 
 @pytest.mark.parametrize("options", BOMBS, ids=[str(b)[:40] for b in BOMBS])
-def test_what_would_explode_ends_within_seconds(llm: LLM, options: dict[str, Any]) -> None:
-    """It is refused, or harmless; neither takes the process with it."""
+def test_exponential_grammars_end_within_seconds(llm: LLM, options: dict[str, Any]) -> None:
+    """They are refused or harmless; the process survives."""
     start = time.perf_counter()
     try:
         llm.generate("x", max_tokens=250, seed=0, **options)
@@ -327,7 +373,7 @@ def test_a_regex_too_large_for_a_real_vocabulary_is_refused(stories: LLM) -> Non
         stories.generate("x", regex="(([a-z]{0,9}){0,99}){0,999}", max_tokens=200, seed=0)
 
 
-def test_what_is_missing_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tokenizer_and_package_are_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OneblockError, match="choices needs a tokenizer"):
         LLM(llm.model).generate([1], choices=["a"])
     monkeypatch.setitem(sys.modules, "llguidance", None)

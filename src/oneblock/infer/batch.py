@@ -28,7 +28,7 @@ from oneblock.infer.generate import NAN_LOGITS, Request, Sequences, check_reques
 from oneblock.infer.llm import LLM, OPTIONS
 from oneblock.infer.options import BATCH_SIZE
 from oneblock.infer.sample import Sampler
-from oneblock.infer.stop import Reply
+from oneblock.infer.stop import Ending, Reply
 from oneblock.infer.structured_output import StructuredOutputOptions
 from oneblock.plan.cache import kv_bytes
 
@@ -80,7 +80,7 @@ class Row:
         seeds = request.seeds or (secrets.randbits(63),)
         self._sampler = Sampler(request.sampling, seeds, [job.prompt], model.spec.vocab, model.device)
         grammar = request.grammar
-        self._matchers = grammar.start([job.prompt], request.stop_ids) if grammar is not None else None
+        self._matchers = grammar.start_matchers([job.prompt], request.stop_ids) if grammar is not None else None
 
     @property
     def ids(self) -> list[int]:
@@ -95,13 +95,13 @@ class Row:
         try:
             if logits.amax().isnan():
                 raise OneblockError(NAN_LOGITS)
-            allowed = self._matchers.allowed() if self._matchers is not None else None
+            allowed = self._matchers.allowed_tokens() if self._matchers is not None else None
             id = int(self._sampler.next(logits, allowed))
-            must_end = self._matchers is not None and self._matchers.push([id])[0]
+            ending = Ending.NONE if self._matchers is None else self._matchers.accept_tokens([id])[0]
         except OneblockError as error:
             self.error = str(error)
             return 0
-        self.text += self.reply.push(id, must_end)
+        self.text += self.reply.push(id, ending)
         return id
 
     def build_result(self) -> Result:

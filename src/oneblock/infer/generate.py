@@ -23,7 +23,7 @@ from oneblock.errors import OneblockError
 from oneblock.infer.cache import KVCache
 from oneblock.infer.options import MAX_TOKENS, SamplingParams
 from oneblock.infer.sample import Sampler, compute_logprobs, compute_top_logprobs
-from oneblock.infer.stop import FinishReason, Reply
+from oneblock.infer.stop import Ending, FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar
 from oneblock.model import Decoder
 from oneblock.text.stream import Detokenizer
@@ -199,23 +199,21 @@ def generate_tokens(
     replies = [Reply(d, n, request.stop_ids, request.stop) for d, n in zip(detokenizers, limits, strict=True)]
     seeds = request.seeds or tuple(secrets.randbits(63) for _ in replies)
     sampler = Sampler(request.sampling, seeds, sequences.rows, spec.vocab, device)
-    matchers = request.grammar.start(sequences.rows, request.stop_ids) if request.grammar is not None else None
+    matchers = request.grammar.start_matchers(sequences.rows, request.stop_ids) if request.grammar is not None else None
     rows = list(range(len(replies)))  # the request's index of each row of the batch
     while rows:
         logits = check_logits(sequences.step())
-        ids = sampler.next(logits, matchers.allowed() if matchers is not None else None)
+        ids = sampler.next(logits, matchers.allowed_tokens() if matchers is not None else None)
         outputs = build_token_outputs(logits, ids, request.top_logprobs)
         sequences.append_tokens([output.id for output in outputs])
-        ended = matchers.push([output.id for output in outputs]) if matchers is not None else [False] * len(rows)
-        for row, output, must_end in zip(rows, outputs, ended, strict=True):
-            text = replies[row].push(output.id, must_end)
+        endings = [Ending.NONE] * len(rows) if matchers is None else matchers.accept_tokens([o.id for o in outputs])
+        for row, output, ending in zip(rows, outputs, endings, strict=True):
+            text = replies[row].push(output.id, ending)
             yield replace(output, row=row, text=text, finish_reason=replies[row].finish_reason)
         active = [i for i, row in enumerate(rows) if replies[row].finish_reason is None]
         if 0 < len(active) < len(rows):
-            for state in (sequences, sampler):
+            for state in (sequences, sampler) if matchers is None else (sequences, sampler, matchers):
                 state.select_sequences(active)
-            if matchers is not None:
-                matchers.keep(active)
         rows = [rows[i] for i in active]
 
 

@@ -29,7 +29,7 @@ from oneblock.infer.generate import (
 )
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import TokenCounts, compute_probabilities, draw_tokens, process_logits
-from oneblock.infer.stop import Reply
+from oneblock.infer.stop import Ending, Reply
 from oneblock.model import Decoder
 from oneblock.text.stream import Detokenizer
 
@@ -153,28 +153,28 @@ class SpeculativeDecoder:
         spec, rows = sequences.model.spec, sequences.rows
         self.counts = TokenCounts(rows, spec.vocab, sequences.model.device) if request.sampling.needs_counts else None
         self.generator = torch.Generator().manual_seed(request.seeds[0] if request.seeds else secrets.randbits(63))
-        self.matchers = request.grammar.start(rows, request.stop_ids) if request.grammar is not None else None
+        self.matchers = request.grammar.start_matchers(rows, request.stop_ids) if request.grammar is not None else None
 
-    def step(self, remaining: int) -> list[tuple[TokenOutput, bool]]:
+    def step(self, remaining: int) -> list[tuple[TokenOutput, Ending]]:
         """One forward pass: the accepted draft tokens and one token of the model's own, `remaining` at most.
 
-        Each with whether the grammar ends there. Afterwards the cache holds no rejected token.
+        Each with how the grammar ends there. Afterwards the cache holds no rejected token.
         """
         sequences, [row] = self.sequences, self.sequences.rows
         n = min(self.num_speculative_tokens, remaining - 1)
         can_reject = n > 0 and sequences.cache.can_rewind(len(row) + n)
         draft = self.drafter.propose(row, n) if can_reject else DraftTokens([])
         logits = check_logits(sequences.score_draft_tokens(draft.ids))
-        outputs: list[tuple[TokenOutput, bool]] = []
+        outputs: list[tuple[TokenOutput, Ending]] = []
         for i in range(len(draft.ids) + 1):
             id, accepted = self.sample_position(logits[i], draft, i)
             ids = torch.tensor([id], device=logits.device)
             [output] = build_token_outputs(logits[i : i + 1], ids, self.request.top_logprobs)
             sequences.append_tokens([id])
-            must_end = self.matchers is not None and self.matchers.push([id])[0]
-            outputs.append((output, must_end))
+            ending = Ending.NONE if self.matchers is None else self.matchers.accept_tokens([id])[0]
+            outputs.append((output, ending))
             self.stats.accepted += accepted
-            if not accepted or must_end or id in self.request.stop_ids:
+            if not accepted or ending or id in self.request.stop_ids:
                 break
         self.stats.drafted += len(draft.ids)
         sequences.cache.rewind(len(row) - 1)  # the last token was sampled here and is not fed yet
@@ -182,7 +182,7 @@ class SpeculativeDecoder:
 
     def sample_position(self, logits: Tensor, draft: DraftTokens, i: int) -> tuple[int, bool]:
         """The token after i draft tokens, and whether it is the next draft token."""
-        allowed = None if self.matchers is None else self.matchers.allowed()
+        allowed = None if self.matchers is None else self.matchers.allowed_tokens()
         p = compute_target_distribution(logits, self.request.sampling, self.counts, allowed)
         if i == len(draft.ids):
             id, accepted = draw_token(p, self.generator), False
@@ -208,8 +208,8 @@ def generate_speculatively(
     reply = Reply(detokenizer, limit, request.stop_ids, request.stop)
     decoder = SpeculativeDecoder(sequences, request, drafter, num_speculative_tokens, stats)
     while reply.finish_reason is None:
-        for output, must_end in decoder.step(reply.remaining_tokens):
-            text = reply.push(output.id, must_end)
+        for output, ending in decoder.step(reply.remaining_tokens):
+            text = reply.push(output.id, ending)
             yield replace(output, row=0, text=text, finish_reason=reply.finish_reason)
             if reply.finish_reason is not None:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Literal
 
 from oneblock.text.stream import Detokenizer
@@ -48,6 +49,14 @@ def overlap(text: str, stop: str) -> int:
     return 0
 
 
+class Ending(IntEnum):
+    """How a token ends a reply by its grammar."""
+
+    NONE = 0
+    BEFORE_TOKEN = 1  # the token is no part of the text, like an end-of-text token
+    AFTER_TOKEN = 2  # no token can follow
+
+
 class Reply:
     """The generated tokens of one sequence, their text and the finish reason."""
 
@@ -61,18 +70,15 @@ class Reply:
     def remaining_tokens(self) -> int:
         return self._limit - len(self.ids)
 
-    def push(self, id: int, must_end: bool = False) -> str:
-        """Append a token; return the text that became final. A stop id is part of the ids and has no text.
-
-        `must_end`: the grammar allows no further token.
-        """
+    def push(self, id: int, ending: Ending = Ending.NONE) -> str:
+        """Append a token; return the text that became final. A token that ends the reply before it has no text."""
         self.ids.append(id)
         text = ""
-        if id in self._stop_ids:
+        if id in self._stop_ids or ending == Ending.BEFORE_TOKEN:
             self.finish_reason = "stop"
         elif self._detokenizer is not None:
             text = self._text.push(self._detokenizer.push(id))
-        if must_end:
+        if ending == Ending.AFTER_TOKEN:
             self.finish_reason = "stop"
         if self.finish_reason is None and not self._text.matched and self.remaining_tokens <= 0:
             self.finish_reason = "length"

@@ -1,10 +1,10 @@
-"""Replies that keep to a JSON schema, a regular expression, a grammar or a list: a mask on the logits at every token.
+"""Structured output: replies that match a JSON schema, a regex, a grammar or one of several choices.
 
-llguidance reads the grammar as bytes and says which ids may come next. The model's own end of text is not the
-grammar's: it is allowed exactly where the text may end. `no_forcing`: where the grammar leaves one text only, the
-model still chooses how to cut it into tokens.
+llguidance turns each into a grammar over bytes and computes, for every step, a mask of the allowed tokens. The model's
+end-of-text tokens are not part of the grammar: they are allowed wherever the grammar may end. The model picks the
+tokenization even when only one string is valid (`no_forcing`).
 
-Shapes: B rows, V vocabulary.
+B: sequences of a batch, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError, missing_extra
-from oneblock.infer.stop import DETOKENIZER_CONTEXT
+from oneblock.infer.stop import DETOKENIZER_CONTEXT, Ending
 from oneblock.text import Tokenizer
 from oneblock.text.stream import TokenBytes
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
-# Between the parts of JSON: nothing, a space, or a new line. Without a bound a weak model writes spaces for ever.
-BETWEEN = {"x-guidance": {"whitespace_pattern": r" |\n {0,40}"}}
-LEXER_STATES = 100_000  # 1-2 kB each; llguidance's own limits of time per token are kept
-SHOWN = 60  # characters of what was asked that an error repeats
-# Bytes of what is asked. llguidance follows definitions by recursion: more of them than this holds overflow STACK.
-LONGEST = {"schema": 1 << 18, "regex": 1 << 16, "grammar": 1 << 16, "choices": 1 << 22}
-STACK = 64 << 20  # bytes, of the thread that reads a grammar
+# Whitespace between the parts of JSON: none, a space, or a new line. Without a limit a weak model writes only spaces.
+JSON_WHITESPACE = {"x-guidance": {"whitespace_pattern": r" |\n {0,40}"}}
+LEXER_STATES = 100_000  # 1 to 2 kB each; llguidance's own limits of time per token apply too
+ERROR_LENGTH = 60  # characters of the given value that an error repeats
+# Bytes of the given value. llguidance follows definitions by recursion; this many fit in STACK_BYTES.
+MAX_BYTES = {"schema": 1 << 18, "regex": 1 << 16, "grammar": 1 << 16, "choices": 1 << 22}
+STACK_BYTES = 64 << 20  # stack of the thread that compiles a grammar
 
 
 class StructuredOutputOptions(TypedDict, total=False):
-    """The fields of `Constraint` as keyword arguments; one at most."""
+    """The fields of `StructuredOutput` as keyword arguments; at most one."""
 
     schema: str | Mapping[str, Any] | bool | None
     regex: str | None
@@ -53,12 +53,12 @@ class StructuredOutputOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StructuredOutput:
-    """What the whole reply must be: exactly one of these."""
+    """The form of the whole reply: exactly one of these."""
 
-    schema: str | Mapping[str, Any] | bool | None = None  # JSON that keeps to this JSON schema, given whole or as text
-    regex: str | None = None  # matched by this, in the syntax of Rust's regex crate: no look-around; \d is 0 to 9
-    grammar: str | None = None  # in llguidance's form of Lark, from the rule `start`
-    choices: Sequence[str] | None = None  # one of these texts
+    schema: str | Mapping[str, Any] | bool | None = None  # JSON schema, as an object or as text
+    regex: str | None = None  # in the syntax of Rust's regex crate: no look-around; \d is 0 to 9
+    grammar: str | None = None  # in llguidance's variant of Lark, with the rule `start`
+    choices: Sequence[str] | None = None  # one of these strings
 
     def __post_init__(self) -> None:
         given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
@@ -67,9 +67,9 @@ class StructuredOutput:
         try:
             size = len(self.lark.encode())
         except UnicodeEncodeError:
-            raise self.error("it has half of a surrogate pair, which is no Unicode: remove it") from None
-        if size > LONGEST[self.kind]:
-            raise self.error(f"it has {size:,} bytes, and at most {LONGEST[self.kind]:,} are read")
+            raise self.error("it contains half of a surrogate pair, which is not valid Unicode: remove it") from None
+        if size > MAX_BYTES[self.kind]:
+            raise self.error(f"it has {size:,} bytes, over the limit of {MAX_BYTES[self.kind]:,}")
 
     @cached_property
     def kind(self) -> str:
@@ -77,73 +77,70 @@ class StructuredOutput:
 
     @cached_property
     def lark(self) -> str:
-        """The same as a Lark grammar."""
+        """The equivalent Lark grammar."""
         if self.choices is not None:
-            return f"start: CHOICE\nCHOICE: {' | '.join(map(_quoted, self._texts()))}"
+            return f"start: CHOICE\nCHOICE: {' | '.join(map(_quote, self._check_choices()))}"
         if self.schema is not None:
-            return f"start: %json {self._json()}"
+            return f"start: %json {self._schema_json()}"
         value = getattr(self, self.kind)
         if not isinstance(value, str):
-            raise OneblockError(f"{self.kind} must be a text, not {type(value).__name__}")
+            raise OneblockError(f"{self.kind} must be a string, not {type(value).__name__}")
         if self.regex is not None:
-            return f"start: /{_llguidance().regex_to_lark(self.regex, 'd')}/"
+            return f"start: /{_import_llguidance().regex_to_lark(self.regex, 'd')}/"
         return value
 
-    def _texts(self) -> Sequence[str]:
-        texts = self.choices
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
-            raise OneblockError("choices must be a list of texts, at least one, none of them empty")
-        return texts
+    def _check_choices(self) -> Sequence[str]:
+        choices = self.choices
+        if isinstance(choices, str) or not choices or not all(isinstance(text, str) and text for text in choices):
+            raise OneblockError("choices must be a list of strings: at least one, and none of them empty")
+        return choices
 
-    def _json(self) -> str:
-        """The schema with our habit of spaces, unless it names its own."""
+    def _schema_json(self) -> str:
+        """The schema with the default whitespace pattern, unless it has its own."""
         try:
-            found = json.loads(self.schema) if isinstance(self.schema, str) else self.schema
-            if found is False:
-                raise self.error("no text keeps to it")
-            if found is not True and not isinstance(found, Mapping):
-                raise OneblockError(f"a JSON schema is an object or true, not {json.dumps(found)[:SHOWN]}")
-            return json.dumps(BETWEEN | dict({} if found is True else found), ensure_ascii=False, allow_nan=False)
+            schema = json.loads(self.schema) if isinstance(self.schema, str) else self.schema
+            if schema is False:
+                raise self.error("no string matches it")
+            if schema is not True and not isinstance(schema, Mapping):
+                raise OneblockError(f"a JSON schema is an object or true, not {json.dumps(schema)[:ERROR_LENGTH]}")
+            merged = JSON_WHITESPACE | dict({} if schema is True else schema)
+            return json.dumps(merged, ensure_ascii=False, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            raise OneblockError(f"the schema is no valid JSON: {error}") from None
+            raise OneblockError(f"the schema is not valid JSON: {error}") from None
 
-    def error(self, why: str) -> OneblockError:
-        """One line: which of the four, what it began with, what is wrong."""
-        text = str(getattr(self, self.kind)) if self.kind != "schema" else self._plain()
-        text = text if len(text) <= SHOWN else text[:SHOWN] + ".."
-        name = "the choices" if self.kind == "choices" else f"the {self.kind}"
-        return OneblockError(f"{name} {text!r}: {_reason(why)}")
+    def error(self, message: str) -> OneblockError:
+        """An error of one line: the kind, the start of the given value, the reason."""
+        text = self._schema_text() if self.kind == "schema" else str(getattr(self, self.kind))
+        text = text if len(text) <= ERROR_LENGTH else text[:ERROR_LENGTH] + ".."
+        return OneblockError(f"the {self.kind} {text!r}: {_extract_reason(message)}")
 
-    def _plain(self) -> str:
+    def _schema_text(self) -> str:
         try:
             return self.schema if isinstance(self.schema, str) else json.dumps(self.schema, ensure_ascii=False)
         except (ValueError, TypeError, RecursionError):
-            return "given"
+            return "object"
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
+    """A Lark string literal."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\u{ord(found[0]):04x}", escaped) + '"'
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda control: f"\\u{ord(control[0]):04x}", escaped) + '"'
 
 
-def _reason(message: str) -> str:
-    """What of llguidance's message a user can mend, on one line."""
+def _extract_reason(message: str) -> str:
+    """The part of llguidance's message that a user can act on, as one line."""
     lines = [line.strip() for line in message.split("<state>")[0].splitlines() if line.strip()]
     line = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-    line = (
-        line.removesuffix("<non-verbose/>")
-        .split("failed to compile JSON schema: ")[-1]
-        .split("(in regex): ")[-1]
-        .strip()
-    )
+    line = line.removesuffix("<non-verbose/>").split("failed to compile JSON schema: ")[-1]
+    line = line.split("(in regex): ")[-1].strip()
     if "NoExtension" in line:
-        return "no text keeps to it"
-    if "too many" in line or "max is" in line or "fuel" in line or "too large" in line:
-        return f"it is too complex, make its counts and alternatives fewer ({line})"
+        return "no string matches it"
+    if any(words in line for words in ("too many", "max is", "fuel", "too large")):
+        return f"it is too complex, reduce its repetitions and alternatives ({line})"
     return line
 
 
-def _llguidance() -> Any:
+def _import_llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
@@ -151,164 +148,181 @@ def _llguidance() -> Any:
     return llguidance
 
 
-# ------------------------------------------------------------------ the vocabulary, as bytes
+# ------------------------------------------------------------------ the vocabulary as bytes
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """llguidance's tokenizer for ids 0..size-1; its end of text is one more id, which no model has."""
+class GrammarVocabulary:
+    """llguidance's tokenizer for ids 0 to size-1. Its own end-of-text id is `size`, which no model has."""
 
     tokens: llguidance.LLTokenizer
     size: int
-    stripped: tuple[int, ...]  # ids that would lose their space at the start of a text
+    stripped: tuple[int, ...]  # ids that lose their leading space at the start of a text
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
-        """The same object for the same tokenizer: a large vocabulary takes half a second to sort."""
-        known = _known.setdefault(tokenizer, {})
-        if size not in known:
-            known[size] = cls._made(tokenizer, size)
-        return known[size]
+    def get(cls, tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
+        """The cached vocabulary of a tokenizer: building a large one takes half a second."""
+        cached = _vocabularies.setdefault(tokenizer, {})
+        if size not in cached:
+            cached[size] = cls._build(tokenizer, size)
+        return cached[size]
 
     @classmethod
-    def _made(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
-        pieces = TokenBytes(tokenizer.backend)
-        how = pieces.spelling
-        if how is None or how.suffix:
-            raise OneblockError("the tokenizer does not spell token by token: replies cannot be held to a form with it")
-        control = set(tokenizer.special.values())
-        stripped = (id for id in range(size) if how.strip and pieces.strip_leading(id, how.strip)[0] != pieces[id])
-        spelt = _Spelt([pieces[id] for id in range(size)], sorted(id for id in control if id < size), tokenizer.backend)
-        ll = _llguidance()
-        tokens = ll.LLTokenizer(ll.TokenizerWrapper(spelt), n_vocab=size + 1, eos_token=size)
-        return cls(tokens, size, tuple(stripped))
+    def _build(cls, tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
+        token_bytes = TokenBytes(tokenizer.backend)
+        spelling = token_bytes.spelling
+        if spelling is None or spelling.suffix:
+            raise OneblockError("structured output needs a tokenizer that decodes token by token, unlike this one")
+        strip, tokens = spelling.strip, [token_bytes[id] for id in range(size)]
+        stripped = (id for id in range(size) if strip and token_bytes.strip_leading(id, strip)[0] != tokens[id])
+        control = sorted(id for id in tokenizer.special.values() if id < size)
+        ll = _import_llguidance()
+        adapter = _TokenizerAdapter(tokens, control, tokenizer.backend)
+        return cls(
+            ll.LLTokenizer(ll.TokenizerWrapper(adapter), n_vocab=size + 1, eos_token=size), size, tuple(stripped)
+        )
 
 
-_known: WeakKeyDictionary[Tokenizer, dict[int, Vocabulary]] = WeakKeyDictionary()
+_vocabularies: WeakKeyDictionary[Tokenizer, dict[int, GrammarVocabulary]] = WeakKeyDictionary()
 
 
-class _Spelt:
-    """The tokenizer in the form that llguidance reads."""
+class _TokenizerAdapter:
+    """The interface that llguidance reads a tokenizer through."""
 
     def __init__(self, tokens: list[bytes], control: list[int], backend: Any):
         self.tokens, self.special_token_ids = [*tokens, b"<end of text>"], [*control, len(tokens)]
         self.eos_token_id, self.bos_token_id, self._backend = len(tokens), None, backend
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Called only for text that is forced, which `no_forcing` leaves out."""
+        """Tokenize forced text, which `no_forcing` avoids."""
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         return self._backend.encode(text, add_special_tokens=False).ids
 
 
-def _deep(work: Callable[[], T]) -> T:
-    """The result of `work`, done where the stack is STACK bytes."""
-    with _stack, ThreadPoolExecutor(1) as pool:
-        before = threading.stack_size(STACK)
+def _run_with_large_stack(function: Callable[[], T]) -> T:
+    """Call a function in a thread whose stack has STACK_BYTES."""
+    with _stack_size, ThreadPoolExecutor(1) as pool:
+        before = threading.stack_size(STACK_BYTES)
         try:
-            done = pool.submit(work)
+            future = pool.submit(function)
         finally:
             threading.stack_size(before)
-        return done.result()
+        return future.result()
 
 
-_stack = threading.Lock()  # the size is the process's
+_stack_size = threading.Lock()  # the setting belongs to the whole process
 
 
-# ------------------------------------------------------------------ one reply, and a batch of them
+# ------------------------------------------------------------------ matchers
 
 
 class CompiledGrammar:
-    """A constraint read for a vocabulary, and found to have at least a first token."""
+    """A structured output compiled for a vocabulary, which allows at least one first token."""
 
-    def __init__(self, constraint: StructuredOutput, tokenizer: Tokenizer, vocab: int):
-        self.constraint, self.tokenizer = constraint, tokenizer
-        self.vocabulary = Vocabulary.of(tokenizer, vocab)
-        self._fresh = _deep(self._read)
-        self.matcher().allowed()
+    def __init__(self, output: StructuredOutput, tokenizer: Tokenizer, vocab: int):
+        self.output, self.tokenizer = output, tokenizer
+        self.vocabulary = GrammarVocabulary.get(tokenizer, vocab)
+        self._initial = _run_with_large_stack(self._compile)
+        self.start_matcher().allowed_tokens()
 
-    def _read(self) -> llguidance.LLMatcher:
-        ll = _llguidance()
+    def _compile(self) -> llguidance.LLMatcher:
+        ll = _import_llguidance()
         limits = ll.LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
-        found = ll.LLMatcher(self.vocabulary.tokens, self.constraint.lark + NO_FORCING, log_level=0, limits=limits)
-        found.compute_bitmask()
-        found.reset()
-        return found
+        matcher = ll.LLMatcher(self.vocabulary.tokens, self.output.lark + NO_FORCING, log_level=0, limits=limits)
+        matcher.compute_bitmask()
+        matcher.reset()
+        return matcher
 
-    def matcher(self, prompt: Sequence[int] | None = None) -> GrammarMatcher:
-        """At the start of a reply. `prompt`: what stands before; where it shows nothing, a first space is lost."""
-        loses = prompt is not None and self.vocabulary.stripped and not self._shows(prompt)
-        return GrammarMatcher(self, self._fresh.deep_copy(), self.vocabulary.stripped if loses else ())
+    def start_matcher(self, prompt: Sequence[int] | None = None) -> GrammarMatcher:
+        """A matcher at the start of a reply. After a prompt without visible text the first space is stripped."""
+        strips = prompt is not None and self.vocabulary.stripped and not self._has_text(prompt)
+        return GrammarMatcher(self, self._initial.deep_copy(), self.vocabulary.stripped if strips else ())
 
-    def _shows(self, prompt: Sequence[int]) -> bool:
+    def _has_text(self, prompt: Sequence[int]) -> bool:
         return self.tokenizer.decode(prompt[-DETOKENIZER_CONTEXT:]) != ""
 
-    def start(self, texts: Sequence[Sequence[int]], stop_ids: frozenset[int]) -> GrammarMatchers:
-        """A matcher for the reply to each text."""
-        return GrammarMatchers(
-            [self.matcher(text) for text in texts], sorted(i for i in stop_ids if i < self.vocabulary.size)
-        )
+    def start_matchers(self, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int]) -> GrammarMatchers:
+        """One matcher for the reply to each prompt."""
+        ids = sorted(id for id in stop_ids if id < self.vocabulary.size)
+        return GrammarMatchers([self.start_matcher(prompt) for prompt in prompts], ids)
 
 
 class GrammarMatcher:
-    """How far one reply has come in the grammar."""
+    """The position of one reply in the grammar."""
 
-    def __init__(self, grammar: CompiledGrammar, state: llguidance.LLMatcher, first: Sequence[int]):
-        self.grammar, self._state, self._not_first = grammar, state, list(first)
+    def __init__(self, grammar: CompiledGrammar, state: llguidance.LLMatcher, not_first: Sequence[int]):
+        """`not_first`: ids that cannot be the first token."""
+        self.grammar, self._state, self._not_first = grammar, state, list(not_first)
         self._check()
 
-    def allowed(self) -> Tensor:
-        """Which ids may come next, (V,) of bool; the ends of text are for the caller to add where it `may_end`."""
+    def allowed_tokens(self) -> Tensor:
+        """The ids that may come next, bool (V,), without the end-of-text ids."""
         bits = torch.frombuffer(bytearray(self._state.compute_bitmask()), dtype=torch.uint8)
         self._check()
-        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
-        found = found[: self.grammar.vocabulary.size]
-        found[self._not_first] = False
-        return found
+        allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
+        allowed = allowed[: self.grammar.vocabulary.size]
+        allowed[self._not_first] = False
+        return allowed
 
-    def mask(self, logits: Tensor) -> Tensor:
-        """Logits (V,) with what the grammar does not allow at -inf."""
-        return logits.masked_fill(~self.allowed().to(logits.device), -torch.inf)
+    def mask_logits(self, logits: Tensor) -> Tensor:
+        """Logits (V,) with -inf for ids that the grammar does not allow."""
+        return logits.masked_fill(~self.allowed_tokens().to(logits.device), -torch.inf)
 
-    def push(self, id: int) -> None:
-        """One more token of the reply, of those that were allowed."""
+    def accept_token(self, id: int) -> None:
+        """Advance by an allowed token."""
         self._not_first = []
         self._state.consume_token(id)
         self._check()
 
+    def continues_with(self, id: int) -> bool:
+        """Whether the grammar allows the token next."""
+        return bool(self._state.validate_tokens([id]))
+
     @property
-    def may_end(self) -> bool:
+    def can_end(self) -> bool:
         return self._state.is_accepting()
 
     @property
     def must_end(self) -> bool:
-        """Nothing can follow."""
+        """Whether no token can follow."""
         return self._state.is_stopped()
 
     def _check(self) -> None:
         if self._state.is_error():
-            raise self.grammar.constraint.error(self._state.get_error())
+            raise self.grammar.output.error(self._state.get_error())
 
 
 class GrammarMatchers:
-    """The matchers of a batch."""
+    """The matchers of a batch.
+
+    Without an end-of-text token, a choice that is a prefix of another ends where the model would not continue it: the
+    next token is sampled from the whole vocabulary, and one that continues no choice ends the reply.
+    """
 
     def __init__(self, rows: list[GrammarMatcher], stop_ids: list[int]):
         self.rows, self.stop_ids = rows, stop_ids
 
-    def allowed(self) -> Tensor:
-        """Which ids may come next in each row, (B, V) of bool, with the ends of text where one may end."""
-        found = torch.stack([row.allowed() for row in self.rows])
+    def allowed_tokens(self) -> Tensor:
+        """The ids that may come next in each sequence, bool (B, V), with the end-of-text ids where it may end."""
+        allowed = torch.stack([row.allowed_tokens() for row in self.rows])
+        allowed[[self._ends_by_any_token(row) for row in self.rows]] = True
         if self.stop_ids:
-            found[:, self.stop_ids] = torch.tensor([row.may_end for row in self.rows])[:, None]
-        return found
+            allowed[:, self.stop_ids] = torch.tensor([row.can_end for row in self.rows])[:, None]
+        return allowed
 
-    def push(self, ids: Sequence[int]) -> list[bool]:
-        """One more token of each row; whether nothing can follow it."""
-        for row, id in zip(self.rows, ids, strict=True):
-            if id not in self.stop_ids:
-                row.push(id)
-        return [row.must_end for row in self.rows]
+    def accept_tokens(self, ids: Sequence[int]) -> list[Ending]:
+        """Advance each sequence by its token; how the token ends it."""
+        return [self._accept(row, id) for row, id in zip(self.rows, ids, strict=True)]
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+    def _accept(self, row: GrammarMatcher, id: int) -> Ending:
+        if id in self.stop_ids or (self._ends_by_any_token(row) and not row.continues_with(id)):
+            return Ending.BEFORE_TOKEN
+        row.accept_token(id)
+        return Ending.AFTER_TOKEN if row.must_end else Ending.NONE
+
+    def _ends_by_any_token(self, row: GrammarMatcher) -> bool:
+        return not self.stop_ids and row.grammar.output.choices is not None and row.can_end
+
+    def select_sequences(self, rows: Sequence[int]) -> None:
+        """Continue with these sequences only."""
         self.rows = [self.rows[i] for i in rows]
