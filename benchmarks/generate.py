@@ -82,7 +82,7 @@ def turns(load: Callable[[], torch.nn.Module], generator: Callable[[], Generate]
         ids = torch.randint(0, 32_000, (rows, SHORT_PROMPT), generator=torch.Generator().manual_seed(0))
         return (n - 1) / (seconds(lambda: generate[0](ids, n)) - seconds(lambda: generate[0](ids, 1)))
 
-    def turn(what: str, rows: int) -> float:
+    def run_turn(what: str, rows: int) -> float:
         if what == "load":
             return seconds(lambda: read_pages(load()))
         if not generate:
@@ -95,7 +95,7 @@ def turns(load: Callable[[], torch.nn.Module], generator: Callable[[], Generate]
             tokens[rows] = max(16, min(256, round(decode(rows, 32) * TURN)))
         return decode(rows, tokens[rows])
 
-    return turn
+    return run_turn
 
 
 def measure(folder: Path, name: str, args: Namespace) -> list[Row]:

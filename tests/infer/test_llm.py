@@ -174,6 +174,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ({"role": "user", "content": "Hello"}, {}, "it must be text or a list of token ids"),
     (5, {}, "the prompt is 5"),
     ([1.5], {}, "the prompt is 1.5"),
+    ({1, 2}, {}, "the prompt is {1, 2}"),
+    ([1], {"ignore_eos": "no"}, "ignore_eos is 'no'"),
 ]
 
 
@@ -238,6 +240,11 @@ def test_settings_are_checked(llm: LLM, name: str, value: Any, message: str) -> 
 def test_num_speculative_tokens_is_checked(llm: LLM, n: Any) -> None:
     with pytest.raises(OneblockError, match=f"^num_speculative_tokens is {n}, but it must be an integer, at least 0"):
         llm.set_speculative_decoding(n)
+
+
+def test_draft_models_are_llms(llm: LLM) -> None:
+    with pytest.raises(OneblockError, match=r"^draft_model is 'path/to/model', but it must be an LLM"):
+        llm.set_speculative_decoding(3, "path/to/model")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("device", ["mps", "tpu", "meta", "cuda:99", "", None, 3])

@@ -25,11 +25,10 @@ from oneblock.errors import OneblockError
 from oneblock.files import read_text, report_write_errors
 from oneblock.infer.cache import item_bytes
 from oneblock.infer.generate import NAN_LOGITS, Request, Sequences, check_request, remaining_tokens
-from oneblock.infer.llm import LLM, OPTIONS
-from oneblock.infer.options import BATCH_SIZE
+from oneblock.infer.llm import LLM
+from oneblock.infer.options import BATCH_SIZE, OPTIONS, StructuredOutputOptions
 from oneblock.infer.sample import Sampler
 from oneblock.infer.stop import Ending, Reply
-from oneblock.infer.structured_output import StructuredOutputOptions
 from oneblock.plan.cache import kv_bytes
 
 KEYS = {"prompt", "messages", "id"} | OPTIONS - {"top_logprobs"}  # of an input line

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, Unpack, ove
 import torch
 
 from oneblock import store
-from oneblock.config import SEED, check_range
+from oneblock.config import check_range
 from oneblock.errors import OneblockError
 from oneblock.infer.extend_context import ScalingMethod, extend_context
 from oneblock.infer.generate import (
@@ -23,17 +23,19 @@ from oneblock.infer.generate import (
     generate_tokens,
     remaining_tokens,
 )
-from oneblock.infer.options import DEFAULT_MAX_TOKENS, NUM_SPECULATIVE_TOKENS, SamplingOptions, SamplingParams
-from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
-from oneblock.infer.speculate import (
-    ModelDrafter,
-    NgramDrafter,
-    SpeculativeStats,
-    check_vocabularies,
-    generate_speculatively,
+from oneblock.infer.options import (
+    DEFAULT_MAX_TOKENS,
+    NUM_SPECULATIVE_TOKENS,
+    OPTIONS,
+    Options,
+    StructuredOutputOptions,
+    build_sampling_params,
+    derive_seeds,
 )
+from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
+from oneblock.infer.speculate import SpeculativeStats, build_drafter, check_vocabularies, generate_speculatively
 from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason
-from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput, StructuredOutputOptions
+from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput
 from oneblock.kernels.compiler import compiler_found
 from oneblock.kernels.cpu_modules import optimize_for_cpu
 from oneblock.kernels.huge_pages import PROMPT, REPAYS, settle
@@ -58,18 +60,6 @@ Message: TypeAlias = "dict[str, Any]"
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "encoder.json", "*.tiktoken")
 
 
-class Options(SamplingOptions, StructuredOutputOptions, total=False):
-    """Keyword arguments of `generate`, `stream` and `chat`, besides sampling and structured output."""
-
-    max_tokens: int | None  # default 256; None: as many as the context holds
-    stop: str | Sequence[str]  # strings that end the reply and are not part of it
-    stop_ids: Sequence[int]  # token ids that end it, besides the model's EOS
-    ignore_eos: bool  # continue after the model's EOS
-    seed: int | Sequence[int] | None  # prompt i of a list uses seed + i; a list gives each prompt its own
-    top_logprobs: int  # alternatives to return for each token
-
-
-OPTIONS = frozenset(Options.__annotations__)
 CHOICES = {"compile": ("auto", "on", "off"), "kv_cache_dtype": ("auto", "int8")}  # settings of an LLM
 
 
@@ -153,6 +143,8 @@ class LLM:
         """
         check_range("num_speculative_tokens", num_speculative_tokens, NUM_SPECULATIVE_TOKENS, int)
         if draft_model is not None:
+            if not isinstance(draft_model, LLM):
+                raise OneblockError(f"draft_model is {draft_model!r}, but it must be an LLM: give load(path)")
             check_vocabularies(self.model, draft_model.model)
         self.num_speculative_tokens, self.draft_model = num_speculative_tokens, draft_model
         self.speculative_stats = SpeculativeStats()
@@ -210,11 +202,13 @@ class LLM:
             raise OneblockError(f"stop_ids is {stop_ids!r}, but it must be a list of token ids")
         if self.tokenizer is None and any(stop):
             raise OneblockError("stop strings need a tokenizer, which the model's folder lacks: use stop_ids")
-        eos = frozenset() if options.get("ignore_eos", False) else self.eos_ids
+        ignore_eos = options.get("ignore_eos", False)
+        if not isinstance(ignore_eos, bool):
+            raise OneblockError(f"ignore_eos is {ignore_eos!r}, but it must be true or false")
         return Request(
-            sampling=self._build_sampling_params(options),
+            sampling=build_sampling_params(options, self.generation_config),
             max_tokens=options.get("max_tokens", DEFAULT_MAX_TOKENS),
-            stop_ids=eos | frozenset(stop_ids),
+            stop_ids=frozenset(stop_ids) | (frozenset() if ignore_eos else self.eos_ids),
             stop=tuple(stop),
             seeds=derive_seeds(options.get("seed"), batch),
             top_logprobs=options.get("top_logprobs", 0),
@@ -228,14 +222,6 @@ class LLM:
         if self.tokenizer is None:
             raise OneblockError(f"{next(iter(given))} needs a tokenizer, which the model's folder lacks")
         return CompiledGrammar(StructuredOutput(**given), self.tokenizer, self.spec.vocab)
-
-    def _build_sampling_params(self, options: Mapping[str, Any]) -> SamplingParams:
-        names = ["repetition_penalty"]
-        if self.generation_config.get("do_sample"):
-            names += ["temperature", "top_k", "top_p", "min_p"]
-        defaults = {name: self.generation_config.get(name) for name in names}
-        given = {name: options.get(name) for name in SamplingOptions.__annotations__}
-        return SamplingParams(**{n: v for values in (defaults, given) for n, v in values.items() if v is not None})
 
     # ------------------------------------------------------------------ generate
 
@@ -253,7 +239,7 @@ class LLM:
         Options: see `Options`, `SamplingParams` and `StructuredOutput`. Temperature 0 is greedy. Temperature, top_k,
         top_p and min_p default to `generation_config.json` where it samples, else to 1 and no filter.
         """
-        if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
+        if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
             raise OneblockError(f"the prompt is {prompts!r}, but it must be text or a list of token ids")
         single = isinstance(prompts, str) or bool(len(prompts) and hasattr(prompts[0], "__index__"))
         batch = [self.encode(p) for p in ([prompts] if single else prompts)]  # pyright: ignore[reportArgumentType]
@@ -318,9 +304,7 @@ class LLM:
         if len(sequences.rows) > 1 or not self.num_speculative_tokens:
             outputs = generate_tokens(sequences, request, detokenizers)
         else:
-            seed = (request.seeds[0] + 1) % 2**63 if request.seeds else 1
-            draft = self.draft_model
-            drafter = NgramDrafter() if draft is None else ModelDrafter(draft.model, request.sampling, seed)
+            drafter = build_drafter(None if self.draft_model is None else self.draft_model.model, request)
             n, stats = self.num_speculative_tokens, self.speculative_stats
             outputs = generate_speculatively(sequences, request, detokenizers[0], drafter, n, stats)
         if len(sequences.rows) > 1 or self.prompt_cache is None:
@@ -372,19 +356,6 @@ class LLM:
 
 def is_conversation(prompt: object) -> bool:
     return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(m, dict) for m in prompt)
-
-
-def derive_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
-    """One seed per prompt: seed, seed + 1, ..; those of a list as they are; none without a seed."""
-    if seed is None:
-        return ()
-    if isinstance(seed, Sequence):
-        check_range("seed", tuple(seed), SEED, tuple[int, ...])
-        if len(seed) != batch:
-            raise OneblockError(f"seed has {len(seed)} values for {batch} prompts: give one integer, or one per prompt")
-        return tuple(seed)
-    check_range("seed", seed, SEED, int)
-    return tuple((seed + i) % 2**63 for i in range(batch))
 
 
 # ------------------------------------------------------------------ loading

@@ -6,11 +6,11 @@ Nothing here imports torch: `oneblock generate --help` reads these ranges.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from oneblock.config import Range, check_ranges
+from oneblock.config import SEED, Range, check_range, check_ranges
 from oneblock.errors import OneblockError
 
 DEFAULT_MAX_TOKENS = 256
@@ -41,6 +41,29 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float | None
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
+
+
+class StructuredOutputOptions(TypedDict, total=False):
+    """The fields of `StructuredOutput` as keyword arguments; one at most."""
+
+    schema: str | Mapping[str, Any] | bool | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
+
+
+class Options(SamplingOptions, StructuredOutputOptions, total=False):
+    """Keyword arguments of `generate`, `stream` and `chat`, besides sampling and structured output."""
+
+    max_tokens: int | None  # default 256; None: as many as the context holds
+    stop: str | Sequence[str]  # strings that end the reply and are not part of it
+    stop_ids: Sequence[int]  # token ids that end it, besides the model's EOS
+    ignore_eos: bool  # continue after the model's EOS
+    seed: int | Sequence[int] | None  # prompt i of a list uses seed + i; a list gives each prompt its own
+    top_logprobs: int  # alternatives to return for each token
+
+
+OPTIONS = frozenset(Options.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -77,3 +100,24 @@ class SamplingParams:
     def needs_counts(self) -> bool:
         """Whether a penalty depends on the tokens of the prompt or the reply."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def derive_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
+    """One seed per prompt: seed, seed + 1, ..; those of a list as they are; none without a seed."""
+    if seed is None:
+        return ()
+    if isinstance(seed, Sequence):
+        check_range("seed", tuple(seed), SEED, tuple[int, ...])
+        if len(seed) != batch:
+            raise OneblockError(f"seed has {len(seed)} values for {batch} prompts: give one integer, or one per prompt")
+        return tuple(seed)
+    check_range("seed", seed, SEED, int)
+    return tuple((seed + i) % 2**63 for i in range(batch))
+
+
+def build_sampling_params(options: Mapping[str, Any], generation_config: Mapping[str, Any]) -> SamplingParams:
+    """The given options over the defaults of a generation_config.json, which samples only with `do_sample`."""
+    sampled = ("temperature", "top_k", "top_p", "min_p") if generation_config.get("do_sample") else ()
+    defaults = {name: generation_config.get(name) for name in ("repetition_penalty", *sampled)}
+    given = {name: options.get(name) for name in SamplingOptions.__annotations__}
+    return SamplingParams(**{n: v for values in (defaults, given) for n, v in values.items() if v is not None})

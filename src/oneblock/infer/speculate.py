@@ -107,6 +107,14 @@ class ModelDrafter:
         return DraftTokens(ids, torch.stack(probabilities) if probabilities else None)
 
 
+def build_drafter(draft_model: Decoder | None, request: Request) -> Drafter:
+    """A drafter for one request: the draft model, or n-grams of the sequence without one."""
+    if draft_model is None:
+        return NgramDrafter()
+    seed = request.seeds[0] if request.seeds else 0
+    return ModelDrafter(draft_model, request.sampling, (seed + 1) % 2**63)  # independent of the target's draws
+
+
 def check_vocabularies(model: Decoder, draft_model: Decoder) -> None:
     if model.spec.vocab != draft_model.spec.vocab:
         raise OneblockError(

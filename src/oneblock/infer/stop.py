@@ -20,24 +20,24 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]):
-        self.stops, self.held, self.matched = [stop for stop in stops if stop], "", False
+        self.stops, self.pending, self.matched = [stop for stop in stops if stop], "", False
 
     def push(self, text: str) -> str:
         """Add text; return the part that is final."""
         if self.matched or not text:
             return ""
-        text, self.held = self.held + text, ""
+        text, self.pending = self.pending + text, ""
         matches = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
         if matches:
             self.matched = True
             return text[: min(matches)]
         end = len(text) - max((overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[end:]
+        self.pending = text[end:]
         return text[:end]
 
     def flush(self) -> str:
         """Return the text that is held back, once no more text follows."""
-        text, self.held = self.held, ""
+        text, self.pending = self.pending, ""
         return text
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,15 +40,6 @@ ERROR_LENGTH = 60  # characters of the given value that an error repeats
 # Bytes of the given value. llguidance follows definitions by recursion; this many fit in STACK_BYTES.
 MAX_BYTES = {"schema": 1 << 18, "regex": 1 << 16, "grammar": 1 << 16, "choices": 1 << 22}
 STACK_BYTES = 64 << 20  # stack of the thread that compiles a grammar
-
-
-class StructuredOutputOptions(TypedDict, total=False):
-    """The fields of `StructuredOutput` as keyword arguments; at most one."""
-
-    schema: str | Mapping[str, Any] | bool | None
-    regex: str | None
-    grammar: str | None
-    choices: Sequence[str] | None
 
 
 @dataclass(frozen=True)
