@@ -50,14 +50,13 @@ Generate = Callable[[list[list[int]], int], list[float]]  # prompts, new tokens 
 
 def make_models(folder: Path, name: str, llama: bool) -> None:
     """A folder for transformers and us, quantized folders, and a GGUF file for each of llama.cpp's cases."""
-    from oneblock.store.quantized import write_quantized
-
     import oneblock
     from oneblock.quant.quantize import QuantConfig, quantize
     from oneblock.spec import get_spec
     from oneblock.store import save_model
     from oneblock.store.gguf import save_gguf
     from oneblock.store.load import build_on_meta
+    from oneblock.store.quantized import write_quantized
     from oneblock.text.train import train_bpe
 
     torch.manual_seed(0)
@@ -83,12 +82,10 @@ def make_models(folder: Path, name: str, llama: bool) -> None:
 
 def our_side(folder: Path, compile: str) -> Generate:
     """Generation as `oneblock generate` does it; a batch gives only its first and last time."""
-    from oneblock.constants import MAX_HEAP_PIECE
-
     import oneblock
-    from oneblock.kernels.heap import reuse_memory
+    from oneblock.kernels.huge_pages import MAX_HEAP_ALLOCATION, reuse_memory
 
-    reuse_memory(MAX_HEAP_PIECE)
+    reuse_memory(MAX_HEAP_ALLOCATION)
     llm = oneblock.load(folder)
     llm.compile = compile  # type: ignore[assignment]
 

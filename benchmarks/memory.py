@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common import Row, arguments, cpu_name, report, row
-from oneblock.kernels.heap import reuse_memory
+from oneblock.kernels.huge_pages import reuse_memory
 from oneblock.model import Decoder, init_weights
 from oneblock.plan import memory, params
 from oneblock.spec import Spec, get_spec

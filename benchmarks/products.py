@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from common import Row, alternate, arguments, report, row, seconds
-from oneblock.kernels.cpu_modules import streamed
-from oneblock.quant.linear import QuantizedLinear, product
-from oneblock.quant.quantize import nearest
+from oneblock.kernels.linear import SkinnyGemmLinear
+from oneblock.kernels.substitution import as_subclass
+from oneblock.quant.linear import QuantizedLinear
+from oneblock.quant.quantize import round_to_nearest
 
 OUT, IN, MATRICES = 8192, 2048, 12
 ROWS = (1, 4, 8, 16, 32)
@@ -29,11 +30,11 @@ def layers(weights: list[torch.Tensor], group: int | None) -> list[torch.nn.Modu
         plain = torch.nn.Linear(IN, OUT, bias=False, dtype=torch.bfloat16)
         plain.weight = torch.nn.Parameter(weight)
         if group is None:
-            found.append(streamed(plain))
+            found.append(as_subclass(plain, SkinnyGemmLinear))
             continue
-        coded = QuantizedLinear(OUT, IN, group)
-        nearest("", coded, weight)
-        found.append(coded)
+        quantized = QuantizedLinear(OUT, IN, group)
+        round_to_nearest("", quantized, weight)
+        found.append(quantized)
     return found
 
 
@@ -55,7 +56,7 @@ def main() -> None:
             size = sum(x.nbytes for x in (*made[0].parameters(), *made[0].buffers()))
             for count in ROWS:
                 x = torch.randn(count, IN).bfloat16()
-                ours = rate(lambda made=made, x=x: [product(x, (layer,)) for layer in made], MATRICES)  # pyright: ignore
+                ours = rate(lambda made=made, x=x: [layer(x) for layer in made], MATRICES)  # pyright: ignore
                 torchs = rate(lambda x=x: [F.linear(x, weight) for weight in weights], MATRICES)
                 mine, theirs = alternate(ours, torchs, args.repeats)
                 rows.append(row(f"{form}-{count}/linear", mine, theirs, "products/s"))

@@ -29,7 +29,7 @@ import torch
 import peers
 from common import Row, Worker, arguments, measure_pairs, pair_row, report, row, seconds, serve
 from oneblock.data.packed import sequential_batches
-from oneblock.kernels.heap import reuse_memory
+from oneblock.kernels.huge_pages import reuse_memory
 from oneblock.parallel.world import World
 from oneblock.train.build import learner_for
 from oneblock.train.loop import Metrics, State, train

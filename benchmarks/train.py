@@ -35,7 +35,7 @@ def our_step(
 ) -> Callable[[], None]:
     """A step as `oneblock train` makes it."""
     from oneblock.data.packed import Batch
-    from oneblock.kernels.heap import reuse_memory
+    from oneblock.kernels.huge_pages import reuse_memory
     from oneblock.model import Decoder, init_weights
     from oneblock.parallel.world import World
     from oneblock.spec import get_spec

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from oneblock.infer.llm import LLM
-from oneblock.kernels.compiled_step import Compiled, pays
-from oneblock.kernels.compiler import compiler_found
+from oneblock.kernels.build import has_compiler
+from oneblock.kernels.compiled_step import CompiledStep, is_worth_compiling
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import Rope, get_spec
 
 pytestmark = [
-    pytest.mark.skipif(not compiler_found(), reason="there is no C++ compiler"),
+    pytest.mark.skipif(not has_compiler(), reason="no C++ compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own, at the first compilation
 ]
 HOW = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
@@ -70,17 +70,17 @@ def test_it_keeps_a_cache_of_8_bits() -> None:
 def test_auto_compiles_where_many_tokens_are_to_come() -> None:
     cpu = torch.device("cpu")
     llama = get_spec("llama-3.2-1b")
-    assert not pays(llama, 256, cpu)
-    assert pays(llama, 100_000, cpu)
+    assert not is_worth_compiling(llama, 256, cpu)
+    assert is_worth_compiling(llama, 100_000, cpu)
     llm = writer("llama")
     assert llm.compile_step(256) is None
-    assert isinstance(llm.compile_step(10**6), Compiled)
+    assert isinstance(llm.compile_step(10**6), CompiledStep)
     llm.compile = "off"
     assert llm.compile_step(10**6) is None
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oneblock.infer.llm.compiler_found", lambda: False)
+    monkeypatch.setattr("oneblock.infer.llm.has_compiler", lambda: False)
     llm = writer("llama")
     llm.compile = "on"
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler was found: steps are not compiled"):

@@ -1,4 +1,4 @@
-"""Weights in large pages are the same weights, and let go of the memory they were in."""
+"""Moving weights to huge pages keeps them equal and unmaps their file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import oneblock
 from oneblock.infer.llm import LLM
-from oneblock.kernels.huge_pages import settle
+from oneblock.kernels.huge_pages import move_to_huge_pages
 from oneblock.model import Decoder, init_weights
 from oneblock.quant.quantize import QuantConfig, quantize
 from oneblock.spec import get_spec
@@ -25,26 +25,26 @@ def small(family: str) -> Decoder:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
 @pytest.mark.parametrize("bits", [None, QuantConfig(8), QuantConfig(4, 32)], ids=["plain", "8", "4"])
-def test_the_same_model_in_other_memory(family: str, bits: QuantConfig | None) -> None:
+def test_moved_weights_are_the_same_parameters_with_the_same_values(family: str, bits: QuantConfig | None) -> None:
     model = small(family)
     if bits:
         quantize(model, bits)
     ids = torch.randint(64, (2, 9))
     with torch.no_grad():
         before = model(ids)
-    held = {name: (x, x.data_ptr()) for name, x in model.named_parameters()}
+    tensors = {name: (x, x.data_ptr()) for name, x in model.named_parameters()}
     buffers = {name: weakref.ref(x) for name, x in model.named_buffers()}
-    settle(model)
+    move_to_huge_pages(model)
     for name, x in model.named_parameters():
-        assert x is held[name][0], "another parameter"
-        assert x.data_ptr() != held[name][1]
+        assert x is tensors[name][0], "the parameter object was replaced"
+        assert x.data_ptr() != tensors[name][1]
     gc.collect()
     assert not any(ref() is not None for ref in buffers.values())
     with torch.no_grad():
         assert torch.equal(model(ids), before)
 
 
-def test_a_files_memory_is_let_go(tmp_path: Path) -> None:
+def test_a_checkpoint_file_is_unmapped_once_tokens_repay_the_copy(tmp_path: Path) -> None:
     LLM(small("llama")).save(tmp_path / "model")
     llm = oneblock.load(tmp_path / "model")
 
@@ -52,12 +52,12 @@ def test_a_files_memory_is_let_go(tmp_path: Path) -> None:
         return "model.safetensors" in Path("/proc/self/maps").read_text()
 
     if not Path("/proc/self/maps").exists() or not mapped():
-        pytest.skip("files are not mapped here")
+        pytest.skip("no memory-mapped files on this platform")
     first = llm.generate([1, 2, 3], max_tokens=20, temperature=0, ignore_eos=True).ids
-    assert mapped(), "a short reply does not repay the copy"
+    assert mapped(), "20 tokens do not repay the copy"
     again = llm.generate([1, 2, 3], max_tokens=None, temperature=0, ignore_eos=True).ids
     assert again[:20] == first
     assert mapped()
-    llm.generate([1, 2, 3], max_tokens=40, temperature=0, ignore_eos=True)  # a model that is used often repays it
+    llm.generate([1, 2, 3], max_tokens=40, temperature=0, ignore_eos=True)
     gc.collect()
     assert not mapped()

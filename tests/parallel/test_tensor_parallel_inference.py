@@ -14,9 +14,10 @@ from launch import RankOutput, run_ranks
 
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM, load
+from oneblock.kernels.linear import COLUMNS, ROWS, slice_linear
 from oneblock.model import Decoder, init_weights
 from oneblock.parallel.process_group import ProcessGroup
-from oneblock.parallel.tensor_parallel import IN, OUT, check_divisibility, slice_linear
+from oneblock.parallel.tensor_parallel import check_divisibility
 from oneblock.quant.formats import quantize_int4
 from oneblock.quant.linear import QuantizedLinear
 from oneblock.quant.quantize import QuantConfig, quantize
@@ -102,14 +103,14 @@ def test_sizes_that_tp_does_not_divide_are_refused(family: str, sizes: dict[str,
 def test_quantized_layers_are_sliced_between_tiles_and_groups() -> None:
     layer = QuantizedLinear(48, 128, 64)
     for dim, part, message in (
-        (OUT, slice(0, 24), "24 output features .* multiple of its tile of 16"),
-        (IN, slice(32, 96), "64 input features .* multiple of its group of 64"),
+        (ROWS, slice(0, 24), "24 output features .* multiple of its tile of 16"),
+        (COLUMNS, slice(32, 96), "64 input features .* multiple of its group of 64"),
     ):
         with pytest.raises(OneblockError, match=message):
             slice_linear(layer, dim, part)
-    layer.fill(*quantize_int4(torch.randn(48, 128), 64))
-    assert torch.equal(slice_linear(layer, OUT, slice(16, 48)).rows(), layer.rows()[16:])
-    assert torch.equal(slice_linear(layer, IN, slice(64, 128)).rows(), layer.rows()[:, 64:])
+    layer.set_weight(*quantize_int4(torch.randn(48, 128), 64))
+    assert torch.equal(slice_linear(layer, ROWS, slice(16, 48)).dequantize(), layer.dequantize()[16:])
+    assert torch.equal(slice_linear(layer, COLUMNS, slice(64, 128)).dequantize(), layer.dequantize()[:, 64:])
 
 
 def test_a_rank_holds_only_its_shard(tmp_path: Path) -> None:

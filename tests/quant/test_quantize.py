@@ -1,33 +1,37 @@
-"""Fewer bits: codes, folders of them, and what they cost."""
+"""Wint8 formats, quantized models and their folders, GPTQ, and the quantize command."""
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import oneblock
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
+from oneblock.kernels.build import has_compiler
 from oneblock.kernels.cpu_modules import optimize_for_cpu
 from oneblock.model import Decoder, init_weights
+from oneblock.model.mlp import Experts
 from oneblock.quant.formats import (
     QuantParams,
     fit_quant_params,
-    packed,
+    pack_tiles,
     quantize_int4,
     quantize_int8,
-    scale_of,
-    unpacked,
+    row_scales,
+    unpack_rows,
 )
-from oneblock.quant.gptq import calibrate, corrected, products
+from oneblock.quant.gptq import calibrate, collect_hessians, gptq_quantize
 from oneblock.quant.linear import Float8Linear, QuantizedLinear
-from oneblock.quant.quantize import QuantConfig, QuantizedExperts, nearest, quantize
+from oneblock.quant.modules import QuantizedExperts
+from oneblock.quant.quantize import QuantConfig, quantize, round_to_nearest
 from oneblock.spec import get_spec
 from oneblock.store import load_model
 
@@ -39,46 +43,46 @@ def small(family: str, **sizes: int) -> Decoder:
     return model.eval()
 
 
-# ------------------------------------------------------------------ codes
+# ------------------------------------------------------------------ formats
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(8, 12), (4, 24)])
-def test_packing_is_undone(bits: int, columns: int) -> None:
-    codes = torch.randint(1 << bits, (37, columns), dtype=torch.uint8)
-    tiles = packed(codes, bits)
-    rows = torch.cat([unpacked(tiles[t, :, lane][None], bits) for t in range(3) for lane in range(16)])
-    assert torch.equal(rows[:37], codes)
+def test_unpacking_inverts_packing(bits: int, columns: int) -> None:
+    q = torch.randint(1 << bits, (37, columns), dtype=torch.uint8)
+    tiles = pack_tiles(q, bits)
+    rows = torch.cat([unpack_rows(tiles[t, :, lane][None], bits) for t in range(3) for lane in range(16)])
+    assert torch.equal(rows[:37], q)
 
 
-def test_codes_are_near() -> None:
+def test_rounding_errors_are_small() -> None:
     torch.manual_seed(0)
     weight = torch.randn(40, 128)
-    eight = QuantizedLinear(40, 128, 0)
-    eight.fill(*quantize_int8(weight))
+    int8 = QuantizedLinear(40, 128, 0)
+    int8.set_weight(*quantize_int8(weight))
     step = weight.abs().amax(1, keepdim=True) / 127
-    assert ((eight.rows() - weight).abs() <= step * 0.5001).all()
+    assert ((int8.dequantize() - weight).abs() <= step * 0.5001).all()
     errors = []
     for group in (32, 64, 128):
-        four = QuantizedLinear(40, 128, group)
-        four.fill(*quantize_int4(weight, group))
-        errors.append((four.rows() - weight).norm() / weight.norm())
-        assert torch.equal(four.rows(torch.tensor([3, 39])), four.rows()[[3, 39]])
+        int4 = QuantizedLinear(40, 128, group)
+        int4.set_weight(*quantize_int4(weight, group))
+        errors.append((int4.dequantize() - weight).norm() / weight.norm())
+        assert torch.equal(int4.dequantize(torch.tensor([3, 39])), int4.dequantize()[[3, 39]])
     assert errors[0] < errors[1] < errors[2] < 0.12
 
 
 WEIGHTS = {
-    "as they come": lambda w: w,
+    "normal": lambda w: w,
     "tiny": lambda w: w * 1e-9,
     "rows of all sizes": lambda w: w * torch.logspace(-4, 4, 32)[:, None],
-    "a column far larger": lambda w: w * torch.where(torch.arange(256) == 7, 50.0, 1.0),
-    "above zero": lambda w: w.abs() + 2,
-    "below zero": lambda w: -w.abs() - 2,
-    "nothing": torch.zeros_like,
+    "an outlier column": lambda w: w * torch.where(torch.arange(256) == 7, 50.0, 1.0),
+    "positive": lambda w: w.abs() + 2,
+    "negative": lambda w: -w.abs() - 2,
+    "zeros": torch.zeros_like,
 }
 
 
-def exact(weight: torch.Tensor, shrink: float) -> torch.Tensor:
-    """The error of each group of 64 when its range is held in full."""
+def error_with_fp32_params(weight: torch.Tensor, shrink: float) -> torch.Tensor:
+    """Squared error of each group of 64 with an fp32 scale and zero point."""
     groups = weight.unflatten(1, (-1, 64))
     low, high = (x[..., None] * shrink for x in (groups.amin(-1), groups.amax(-1)))
     step = ((high - low) / 15).clamp(min=1e-30)
@@ -86,55 +90,49 @@ def exact(weight: torch.Tensor, shrink: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_ranges_lose_little_in_8_bits(kind: str) -> None:
-    """Beside the loss of 4 bits whose ranges are held in full."""
+def test_8_bit_group_params_add_little_error(kind: str) -> None:
     torch.manual_seed(0)
     weight = WEIGHTS[kind](torch.randn(32, 256))
-    codes, found = quantize_int4(weight, 64)
-    wrong = (found.numbers(codes.unflatten(1, (-1, 64))).flatten(1) - weight).norm()
-    best = torch.stack([exact(weight, shrink) for shrink in torch.linspace(1, 0.64, 10).tolist()]).amin(0)
-    assert wrong <= (1.7 if kind == "below zero" else 1.03) * best.sum().sqrt()  # such groups' codes reach up to zero
-    for whole in (found.factor, found.zero):
-        assert torch.equal(whole, whole.to(torch.uint8).float())
+    q, params = quantize_int4(weight, 64)
+    error = (params.dequantize(q.unflatten(1, (-1, 64))).flatten(1) - weight).norm()
+    best = torch.stack(
+        [error_with_fp32_params(weight, shrink) for shrink in torch.linspace(1, 0.64, 10).tolist()]
+    ).amin(0)
+    assert error <= (1.7 if kind == "negative" else 1.03) * best.sum().sqrt()  # the zero point must be 0 .. 15
+    for x in (params.group_qscale, params.qzero):
+        assert torch.equal(x, x.to(torch.uint8).float())
 
 
-def test_large_weights_become_codes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_quantized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = torch.randn(20, 128)
-    scale = scale_of(weight, 64, 1.1)
-    groups = weight.unflatten(1, (-1, 64))
+    scale, groups = row_scales(weight, 64, 1.1), weight.unflatten(1, (-1, 64))
 
-    def given(rows: slice) -> tuple[torch.Tensor, QuantParams]:
-        found = fit_quant_params(groups[rows], scale[rows])
-        return found.codes(groups[rows]).flatten(1), found
+    def dequantized(rows: slice) -> torch.Tensor:
+        params = fit_quant_params(groups[rows], scale[rows])
+        return params.dequantize(params.quantize(groups[rows]))
 
-    (codes, found), (own, given_found) = quantize_int4(weight, 64), given(slice(0, 20))
-    monkeypatch.setattr("oneblock.quant.formats.PART", 128 * 6)
-    part, part_found = given(slice(6, 12))
-    assert torch.equal(part, own[6:12])
-    assert torch.equal(
-        part_found.numbers(part.unflatten(1, (-1, 64))), given_found.numbers(own.unflatten(1, (-1, 64)))[6:12]
-    )
-    parts, again = quantize_int4(weight, 64)
-    assert torch.equal(parts, codes)
-    assert torch.equal(again.numbers(parts.unflatten(1, (-1, 64))), found.numbers(codes.unflatten(1, (-1, 64))))
+    assert torch.equal(dequantized(slice(6, 12)), dequantized(slice(0, 20))[6:12])
+    q, params = quantize_int4(weight, 64)
+    monkeypatch.setattr("oneblock.quant.formats.CHUNK", 128 * 6)
+    chunked_q, chunked_params = quantize_int4(weight, 64)
+    assert torch.equal(chunked_q, q)
+    for name in ("scale", "group_qscale", "qzero"):
+        assert torch.equal(getattr(chunked_params, name), getattr(params, name))
 
 
-def test_calibrated_codes_are_nearer_where_it_counts() -> None:
-    """On inputs that are not all alike, the products are closer though the weights are not."""
+def test_gptq_output_error_is_smaller() -> None:
+    """On correlated inputs the layer's output is closer, though its weights are not."""
     torch.manual_seed(0)
     x = torch.randn(500, 128) @ torch.randn(128, 128) * torch.rand(128) ** 3
     weight = torch.randn(50, 128)
 
-    def product(codes: torch.Tensor, found: QuantParams) -> torch.Tensor:
+    def output_error(q: torch.Tensor, params: QuantParams) -> float:
         layer = QuantizedLinear(50, 128, 64)
-        layer.fill(codes, found)
-        return x @ layer.rows().T
+        layer.set_weight(q, params)
+        return ((x @ layer.dequantize().T - x @ weight.T).norm() / (x @ weight.T).norm()).item()
 
-    def wrong(y: torch.Tensor) -> float:
-        return ((y - x @ weight.T).norm() / (x @ weight.T).norm()).item()
-
-    assert wrong(product(*corrected(weight, x.T @ x, 64))) < 0.8 * wrong(product(*quantize_int4(weight, 64)))
+    assert output_error(*gptq_quantize(weight, x.T @ x, 64)) < 0.8 * output_error(*quantize_int4(weight, 64))
 
 
 # ------------------------------------------------------------------ models
@@ -142,7 +140,7 @@ def test_calibrated_codes_are_nearer_where_it_counts() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("bits", [QuantConfig(8), QuantConfig(4, 32), QuantConfig(8, fp8=True)], ids=["8", "4", "fp8"])
-def test_a_folder_says_what_was_saved(family: str, bits: QuantConfig, tmp_path: Path) -> None:
+def test_a_saved_quantized_model_loads_bit_for_bit(family: str, bits: QuantConfig, tmp_path: Path) -> None:
     model = small(family)
     ids = torch.randint(100, (2, 12))
     with torch.no_grad():
@@ -151,29 +149,29 @@ def test_a_folder_says_what_was_saved(family: str, bits: QuantConfig, tmp_path: 
     assert any(isinstance(m, Float8Linear if bits.fp8 else QuantizedLinear) for m in model.modules())
     assert (family in ("mixtral", "gpt_oss")) == any(isinstance(m, QuantizedExperts) for m in model.modules())
     assert (found - exact).norm() / exact.norm() < (0.5 if bits.bits == 4 else 0.15 if bits.fp8 else 0.05)
-    LLM(model, generation_config={"temperature": 0.5}).save(tmp_path / "coded")
-    back = oneblock.load(tmp_path / "coded")
-    assert back.generation == {"temperature": 0.5}
+    LLM(model, generation_config={"temperature": 0.5}).save(tmp_path / "quantized")
+    back = oneblock.load(tmp_path / "quantized")
+    assert back.generation_config == {"temperature": 0.5}
     with torch.no_grad():
         assert torch.equal(back.model(ids), found)
     assert back.spec == model.spec
 
 
-def test_products_of_floats_with_activations_in_floats() -> None:
-    """What GPUs do, by torch's CPU form of the same operator."""
+def test_fp8_gemm() -> None:
+    """The GPU's operator, by its CPU implementation."""
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64), torch.randn(2, 3, 64).bfloat16()
     layer = Float8Linear(48, 64, torch.randn(48).bfloat16())
-    nearest("", layer, weight)
+    round_to_nearest("", layer, weight)
     assert layer.bias is not None
-    expected = x.float() @ layer.rows().T + layer.bias.float()
-    assert (layer.plain(x) - expected).norm() / expected.norm() < 0.01
-    assert 0.001 < (layer.direct(x) - expected).norm() / expected.norm() < 0.05
-    torch.testing.assert_close(layer.rows(torch.tensor([5, 0, 7])), layer.rows()[[5, 0, 7]])
-    assert (layer.rows() - weight).abs().max() < 0.07 * weight.abs().max()
+    expected = x.float() @ layer.dequantize().T + layer.bias.float()
+    assert (layer.forward_dequantized(x) - expected).norm() / expected.norm() < 0.01
+    assert 0.001 < (layer.forward_scaled_mm(x) - expected).norm() / expected.norm() < 0.05
+    torch.testing.assert_close(layer.dequantize(torch.tensor([5, 0, 7])), layer.dequantize()[[5, 0, 7]])
+    assert (layer.dequantize() - weight).abs().max() < 0.07 * weight.abs().max()
 
 
-def test_a_tied_head_is_held_once() -> None:
+def test_a_tied_head_is_stored_once() -> None:
     model = small("llama", tied=True)
     before = sum(p.nbytes for p in model.parameters())
     quantize(model, QuantConfig(8))
@@ -182,35 +180,33 @@ def test_a_tied_head_is_held_once() -> None:
     assert sum(1 for name, _ in model.named_buffers() if name.startswith("embed")) == 0
 
 
-@pytest.mark.parametrize("ready", [False, True])
-def test_what_every_layer_multiplies_is_seen(ready: bool) -> None:
-    """Of a model made ready for a CPU, too, where one product does several layers."""
+@pytest.mark.parametrize("optimized", [False, True])
+def test_hessians_are_collected_for_every_layer(optimized: bool) -> None:
+    """Also where one kernel would compute several layers."""
     model = Decoder(get_spec("llama", vocab=32, dim=32, n_layers=1, n_heads=2, context=16)).eval()
-    if ready:
+    if optimized:
         optimize_for_cpu(model)
     block = model.blocks[0]
-    before = [(vars(m).keys()) for m in block.modules()]
-    with torch.no_grad(), products(block) as sums:
+    with torch.no_grad(), collect_hessians(block) as hessians:
         model(torch.arange(8)[None])
-    assert sums.keys() == {name for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert len(sums) == 7
-    assert [(vars(m).keys()) for m in block.modules()] == before
+    assert hessians.keys() == {name for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(hessians) == 7
 
 
-def test_calibration_goes_through_every_layer() -> None:
+def test_calibration_beats_rounding_to_nearest() -> None:
     model, other = small("llama"), small("llama")
     ids = torch.randint(100, (6, 32))
-    seen: list[int] = []
+    layers: list[int] = []
     with torch.no_grad():
         exact = model(ids)
-        found = calibrate(model, QuantConfig(4, 32), ids, seen.append)(ids)
+        found = calibrate(model, QuantConfig(4, 32), ids, layers.append)(ids)
         nearest = quantize(other, QuantConfig(4, 32))(ids)
-    assert seen == [1, 2]
+    assert layers == [1, 2]
     assert (found - exact).norm() < (nearest - exact).norm()
 
 
-def test_real_weights_lose_little(data: Path) -> None:
-    """stories260k on stories of its own, drawn at temperature 1."""
+def test_loss_of_a_trained_model(data: Path) -> None:
+    """stories260k on its own samples at temperature 1."""
     llm = oneblock.load(data / "weights" / "stories260k", dtype="float32")
     drawn = llm.generate([[1]] * 8, max_tokens=200, temperature=1, seed=0, ignore_eos=True)
     ids = torch.tensor([[1, *reply.ids] for reply in drawn])
@@ -223,12 +219,12 @@ def test_real_weights_lose_little(data: Path) -> None:
     before = loss(llm.model)
     quantize(llm.model, QuantConfig(8))
     assert abs(loss(llm.model) - before) < 0.004
-    four = oneblock.load(data / "weights" / "stories260k", dtype="float32").model
-    calibrate(four, QuantConfig(4, 32), ids[:, :-1])
-    assert loss(four) - before < 0.15  # 260 thousand weights have none to spare
+    int4 = oneblock.load(data / "weights" / "stories260k", dtype="float32").model
+    calibrate(int4, QuantConfig(4, 32), ids[:, :-1])
+    assert loss(int4) - before < 0.15
 
 
-# ------------------------------------------------------------------ the command, and what goes wrong
+# ------------------------------------------------------------------ the command, and errors
 
 
 def test_the_command_and_its_report(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,28 +235,28 @@ def test_the_command_and_its_report(data: Path, tmp_path: Path, capsys: pytest.C
     assert main(["generate", str(out), "--prompt", "Once upon a time", "--max-tokens", "8", "--temperature", "0"]) == 0
     assert "there was a" in capsys.readouterr().out
     assert main(["quantize", stories, str(tmp_path / "report"), "--report", "--text", text]) == 0
-    assert "8 bits" in capsys.readouterr().out
+    assert "int8" in capsys.readouterr().out
     rows = json.loads((tmp_path / "report" / "quantize.json").read_text())
-    assert [row["name"] for row in rows][:2] == ["bf16", "8 bits"]
+    assert [row["name"] for row in rows][:2] == ["bf16", "int8"]
     assert rows[1]["divergence"] < rows[3]["divergence"]
     assert (tmp_path / "report" / "quantize.png").stat().st_size > 10_000
 
 
-def test_a_quantised_folder_is_not_loaded_to_be_trained(tmp_path: Path) -> None:
-    LLM(quantize(small("llama"), QuantConfig(8))).save(tmp_path / "coded")
-    with pytest.raises(OneblockError, match="its weights are quantised, to generate with only; give the model it was"):
-        load_model(tmp_path / "coded")
+def test_a_quantized_folder_is_refused_for_training(tmp_path: Path) -> None:
+    LLM(quantize(small("llama"), QuantConfig(8))).save(tmp_path / "quantized")
+    with pytest.raises(OneblockError, match="its weights are quantized, for inference only"):
+        load_model(tmp_path / "quantized")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda x: x.pop("norm.weight"), "'norm.weight' is missing: quantize the model again"),
+        (lambda x: x.pop("norm.weight"), "'norm.weight' is missing; quantize the original model again"),
         (lambda x: x.update(more=torch.zeros(1)), "'more' has no place in this model"),
         (lambda x: x.update({"norm.weight": torch.zeros(3)}), r"'norm.weight' has shape \[3\], not \[64\]"),
     ],
 )
-def test_a_wrong_folder_is_refused(change, said: str, tmp_path: Path) -> None:
+def test_a_damaged_quantized_folder_is_refused(change, said: str, tmp_path: Path) -> None:
     LLM(quantize(small("llama"), QuantConfig(8))).save(tmp_path)
     held = load_file(tmp_path / "model.safetensors")
     change(held)
@@ -269,15 +265,102 @@ def test_a_wrong_folder_is_refused(change, said: str, tmp_path: Path) -> None:
         oneblock.load(tmp_path)
 
 
-def test_bits_that_are_not_known(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, said in (
-        (["--bits", "4", "--fp8"], "floats in 4 bits: there are only those of 8"),
-        (["--bits", "3"], "weights in 3 bits: choose 8 or 4"),
-        (["--bits", "4", "--group", "48"], "groups of 48: choose 32, 64 or 128"),
-        (["--bits", "8", "--calibrate", "x"], "--calibrate is for 4 bits"),
+def test_wrong_options_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        ({"bits": 4, "fp8": True}, "fp8 with 4 bits: fp8 has 8 bits"),
+        ({"bits": 3}, "weights in 3 bits: choose 8 or 4"),
+        ({"bits": 4, "group": 48}, "int4 groups of 48 columns: choose 32, 64 or 128"),
+    ):
+        with pytest.raises(OneblockError, match=message):
+            QuantConfig(**options)
+    for flags, message in (
+        (["--bits", "4", "--fp8"], "fp8 with 4 bits"),
+        (["--bits", "8", "--calibrate", "x"], "--calibrate is for int4, not int8"),
         (["--report"], "--report needs a text"),
-        (["--bits", "4", "--calibrate", "none.txt"], "none.txt: there is no such text file"),
+        (["--bits", "4", "--calibrate", "none.txt"], "none.txt: no such text file"),
     ):
         assert main(["quantize", str(data / "weights" / "stories260k"), str(tmp_path / "out"), *flags]) == 1
-        assert said in capsys.readouterr().err
-    shutil.rmtree(tmp_path)
+        assert message in capsys.readouterr().err
+
+
+def test_the_input_is_never_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LLM(small("llama")).save(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for out in ("model", "link", "model/../model"):
+        assert main(["quantize", str(tmp_path / "model"), str(tmp_path / out)]) == 1
+        assert "is the input, which would be overwritten" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_quantized_weights_are_not_quantized_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LLM(small("llama")).save(tmp_path / "model")
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "int8")]) == 0
+    capsys.readouterr()
+    for flags in (["--fp8"], ["--bits", "4"], ["--bits", "8"]):
+        assert main(["quantize", str(tmp_path / "int8"), str(tmp_path / "again"), *flags]) == 1
+        assert "already int8; quantize the original model" in capsys.readouterr().err
+        assert not (tmp_path / "again").exists()
+
+
+def test_a_format_that_fits_no_matrix_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LLM(small("llama", dim=96, hidden_dim=160)).save(tmp_path / "model")
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--bits", "4", "--group", "128"]) == 1
+    assert "int4, group 128 fits no matrix of the model (in_features 160 is not divisible" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_matrices_that_stay_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LLM(small("mixtral", hidden_dim=96)).save(tmp_path / "model")
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--bits", "4", "--group", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.0.mlp.experts, blocks.1.mlp.experts stay in bf16: in_features 96 is not divisible by 64" in printed
+    recorded = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (recorded["bits"], recorded["group"]) == (4, 64)
+    assert recorded["unquantized"]["blocks.1.mlp.experts"] == "in_features 96 is not divisible by 64"
+    assert recorded["unquantized"]["blocks.1.mlp.router"] == "routing stays in full precision"
+    model = oneblock.load(tmp_path / "out").model
+    plain = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Experts)}
+    assert plain == recorded["unquantized"].keys()
+
+
+def test_an_older_quantized_folder_says_what_to_do(tmp_path: Path) -> None:
+    LLM(quantize(small("llama"), QuantConfig(8))).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["format"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OneblockError, match=r"quantized format 1 is not format 2 .* quantize the original model again"):
+        oneblock.load(tmp_path)
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LLM(small("llama")).save(tmp_path / "model")
+
+    def fail(*args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("oneblock.store.save.save_file", fail)
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ mixture of experts
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("config", [QuantConfig(8), QuantConfig(4, 32), QuantConfig(8, fp8=True)], ids=str)
+def test_quantized_experts_compile(config: QuantConfig) -> None:
+    """As one graph, also for a copy of the module, whose weights are its own."""
+    experts = quantize(small("mixtral"), config).blocks[0].mlp.experts
+    x, expert = torch.randn(6, 64), torch.tensor([0, 0, 2, 3, 3, 3])
+    for module in (experts, copy.deepcopy(experts)):
+        if module is not experts:
+            module.up[0].scale.mul_(2)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(module, fullgraph=True)(x, expert), module(x, expert))

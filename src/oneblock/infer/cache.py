@@ -42,6 +42,34 @@ def item_bytes(spec: s.Spec, dtype: torch.dtype, coded: bool) -> float:
     return 1 + 4 / min(x.attn.head_dim for x in spec.pattern) if coded else dtype.itemsize
 
 
+class StaticCacheView:
+    """A KVCache with a free column for one more token, as a compiled decode step reads and writes it."""
+
+    length, padded = 0, True  # the attention mask then follows from positions, never from shapes
+
+    def __init__(self, tensors: tuple[list[Held], list[Held], list[Tensor]], column: Tensor, kinds: list[int]):
+        self.keys, self.values, self.positions = tensors
+        self.column, self.kinds = column, kinds
+
+    def begin(self, positions: Tensor) -> None:
+        for x in self.positions:
+            x.index_copy_(1, self.column % x.shape[1], positions)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._update(self.keys[layer], k), self._update(self.values[layer], v)
+
+    def _update(self, held: Held, x: Tensor) -> Tensor:
+        for into, part in zip(held, encoded(x, len(held) > 1), strict=True):
+            into.index_copy_(2, self.column % into.shape[2], part)
+        return decoded(held, x.dtype)
+
+    def key_positions(self, layer: int) -> Tensor:
+        return self.positions[self.kinds[layer]]
+
+    def end(self) -> None:
+        pass
+
+
 class KVCache:
     """A cache for `capacity` columns, growing when there are more. A layer with a window or a chunk is a ring of
     that length and never stores more.
@@ -49,6 +77,8 @@ class KVCache:
     Memory is reserved at a layer's first token; the system hands it out page by page as columns are written. With
     `coded` numbers are held in 8 bits: half the memory of bf16, for some time at each token.
     """
+
+    static_view = StaticCacheView
 
     def __init__(
         self,

@@ -141,7 +141,7 @@ class ChatOptions:
 
 def load_llm(loading: LoadingFlags, speculative: SpeculativeFlags, ranks: ProcessGroup | None = None) -> LLM:
     from oneblock.infer.llm import load
-    from oneblock.kernels.heap import MOST, reuse_memory
+    from oneblock.kernels.huge_pages import MAX_HEAP_ALLOCATION, reuse_memory
 
     if loading.rope_scaling is not None and loading.context is None:
         raise OneblockError("--rope-scaling has no effect without --context: add --context N")
@@ -150,7 +150,7 @@ def load_llm(loading: LoadingFlags, speculative: SpeculativeFlags, ranks: Proces
             "--draft-model has no effect without --num-speculative-tokens: add --num-speculative-tokens 5"
         )
     if not loading.device.startswith("cuda"):
-        reuse_memory(MOST)
+        reuse_memory(MAX_HEAP_ALLOCATION)
     llm = load(loading.model, loading.dtype, loading.device, ranks)
     llm.compile, llm.kv_cache_dtype, llm.prompt_cache = loading.compile, loading.kv_cache_dtype, loading.prompt_cache
     if loading.context is not None:

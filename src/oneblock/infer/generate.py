@@ -29,7 +29,7 @@ from oneblock.model import Decoder
 from oneblock.text.stream import Detokenizer
 
 if TYPE_CHECKING:
-    from oneblock.kernels.compiled_step import Compiled
+    from oneblock.kernels.compiled_step import CompiledStep
 
 
 PREFILL_CHUNK = 4096  # tokens of all sequences per forward pass: longer ones need more memory and are no faster
@@ -75,7 +75,7 @@ class Sequences:
         model: Decoder,
         prompts: Sequence[Sequence[int]],
         capacity: int,
-        compiled: Compiled | None = None,
+        compiled: CompiledStep | None = None,
         int8_cache: bool = False,
     ):
         self.model, self.compiled, self.int8_cache = model, compiled, int8_cache

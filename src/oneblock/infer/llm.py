@@ -32,26 +32,26 @@ from oneblock.infer.options import (
     build_sampling_params,
     derive_seeds,
 )
+from oneblock.infer.prepare import prepare_for_inference
 from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
 from oneblock.infer.speculate import SpeculativeStats, build_drafter, check_vocabularies, generate_speculatively
 from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput
-from oneblock.kernels.compiler import compiler_found
-from oneblock.kernels.cpu_modules import optimize_for_cpu
-from oneblock.kernels.huge_pages import PROMPT, REPAYS, settle
+from oneblock.kernels.build import has_compiler
+from oneblock.kernels.huge_pages import BREAK_EVEN_TOKENS, PROMPT_TOKENS, move_to_huge_pages
 from oneblock.model import Decoder
 from oneblock.parallel.process_group import ProcessGroup
-from oneblock.parallel.tensor_parallel import TensorParallel
-from oneblock.quant.quantize import bits_of, load_quantized, quantized, write_quantized
+from oneblock.quant.quantize import quant_config
 from oneblock.spec import Spec
 from oneblock.store.load import Checkpoint, check_device
 from oneblock.store.name_tables import Layout
+from oneblock.store.quantized import load_quantized, stored_quant_config, write_quantized
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
 from oneblock.text.stream import Detokenizer
 
 if TYPE_CHECKING:
-    from oneblock.kernels.compiled_step import Compiled
+    from oneblock.kernels.compiled_step import CompiledStep
 
 Ids: TypeAlias = "list[int]"
 Prompts: TypeAlias = "str | Ids | list[str] | list[Ids]"
@@ -95,7 +95,7 @@ class LLM:
         self.model, self.tokenizer = model, tokenizer
         self.config, self.generation_config = dict(config or {}), dict(generation_config or {})
         self._layout = layout  # tensor names and shards of the folder, for `save`
-        self._compiled: Compiled | None = None
+        self._compiled: CompiledStep | None = None
         self._tokens_seen, self._in_huge_pages = 0.0, False
         self.compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decode step; auto: if it pays off
         self.kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: the model's dtype; int8: half the memory of bf16
@@ -322,32 +322,34 @@ class LLM:
 
     # ------------------------------------------------------------------ speed
 
-    def prepare_decoding(self, new_tokens: int, prompt_tokens: int = 0) -> Compiled | None:
+    def prepare_decoding(self, new_tokens: int, prompt_tokens: int = 0) -> CompiledStep | None:
         """Move weights to huge pages and compile the decode step, where the tokens to come repay it."""
         with FORWARD_LOCK:
-            self._tokens_seen += new_tokens + prompt_tokens / PROMPT
-            if self._tokens_seen >= REPAYS and not self._in_huge_pages:
-                settle(self.model)
+            self._tokens_seen += new_tokens + prompt_tokens / PROMPT_TOKENS
+            if self._tokens_seen >= BREAK_EVEN_TOKENS and not self._in_huge_pages:
+                move_to_huge_pages(self.model)
                 self._in_huge_pages = True
             return self.compile_step(new_tokens)
 
-    def compile_step(self, new_tokens: int) -> Compiled | None:
+    def compile_step(self, new_tokens: int) -> CompiledStep | None:
         """The compiled decode step, where `compile` asks for it or so many tokens repay it; else None."""
-        from oneblock.kernels.compiled_step import Compiled, pays
+        from oneblock.kernels.compiled_step import CompiledStep, is_worth_compiling
 
-        if self._compiled is None and self.compile == "on" and not compiler_found():
+        if self._compiled is None and self.compile == "on" and not has_compiler():
             warnings.warn("no C++ compiler was found: steps are not compiled (install g++)", stacklevel=2)
             self.compile = "off"
-        if self.compile == "off" or (self.compile == "auto" and not pays(self.spec, new_tokens, self.model.device)):
+        if self.compile == "off" or (
+            self.compile == "auto" and not is_worth_compiling(self.spec, new_tokens, self.model.device)
+        ):
             return self._compiled if self.compile == "auto" else None
-        self._compiled = self._compiled or Compiled(self.model)
+        self._compiled = self._compiled or CompiledStep(self.model)
         return self._compiled
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: config, weights, tokenizer; an existing one is replaced in one step."""
         with store.replace_model_folder(folder) as new:
-            if bits := bits_of(self.model):
-                write_quantized(new, self.model, bits, self.config, self.generation_config)
+            if quant := quant_config(self.model):
+                write_quantized(new, self.model, quant, self.config, self.generation_config)
             else:
                 write_model(new, self.model, self.config or None, self.generation_config or None, layout=self._layout)
             if self.tokenizer is not None:
@@ -376,10 +378,7 @@ def load(
     device = check_device(device)
     sharded = ranks is not None and ranks.size > 1
     checkpoint, tokenizer = read_checkpoint(store.resolve(str(path_or_name)), dtype, "cpu" if sharded else device)
-    if ranks is not None and sharded:
-        TensorParallel(ranks).shard_decoder(checkpoint.model)
-        checkpoint.model.to(device)
-    optimize_for_cpu(checkpoint.model)
+    prepare_for_inference(checkpoint.model, ranks=ranks, device=device if sharded else None)
     return LLM(checkpoint.model, tokenizer, checkpoint.config, checkpoint.generation, checkpoint.layout)
 
 
@@ -391,8 +390,8 @@ def read_checkpoint(
         from oneblock.store.gguf import load_gguf  # needs the optional package gguf
 
         return load_gguf(path, dtype, device)
-    if bits := quantized(store.read_config(path)[1]):
-        return load_quantized(path, bits, dtype, device), load_tokenizer(path)
+    if quant := stored_quant_config(store.read_config(path)[1]):
+        return load_quantized(path, quant, dtype, device), load_tokenizer(path)
     return store.load_model(path, dtype, device), load_tokenizer(path)
 
 

@@ -1,112 +1,106 @@
-"""One token of every row as one compiled graph: no Python for each layer, and none made anew as the text grows.
+"""One decode step as one compiled graph: no Python per layer, and no recompilation as sequences grow.
 
-The graph sees a cache as tensors alone. What changes from token to token (the column, the positions) is in tensors too,
-and the lengths of the cache are left open, so that one program serves them all.
+The graph reads the KV cache as plain tensors. What changes from token to token (the column, the positions) is in
+tensors too, and the cache's lengths are dynamic dimensions, so one program serves all lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from oneblock.infer.cache import Held, KVCache, decoded, encoded
-from oneblock.kernels.compiler import compiler_found, keep_compiled
-from oneblock.model import Decoder
+from oneblock.kernels.build import has_compiler, use_compile_cache
+from oneblock.kernels.substitution import Structure
+from oneblock.model import Cache, Decoder
 from oneblock.spec import Spec
 
-SECONDS = 20.0  # that the compiler takes, where it has not kept the program
-SAVED = (1e-4, 4e-4)  # seconds that a layer's Python and small operators take on CPUs and beside a GPU
+COMPILE_SECONDS = 20.0  # without a cached program
+SAVED_SECONDS = (1e-4, 4e-4)  # per layer and token: Python and small operators on CPUs, and beside a GPU
+MAX_PROGRAMS = 256  # that dynamo keeps at a time, a few per model
 
-PROGRAMS = 256  # that may be kept at a time, a few for each model
-NUMBERS = count()  # of models
-
-Inside = tuple[list[Held], list[Held], list[Tensor]]  # keys, values, positions: KVCache.tensors
-
-
-class StaticCacheView:
-    """A KVCache with room for one more token, as the model sees it inside the graph."""
-
-    length, padded = 0, True  # so that who sees whom is asked of positions, never of shapes
-
-    def __init__(self, inside: Inside, column: Tensor, kinds: list[int]):
-        self.keys, self.values, self.marks = inside
-        self.column, self.kinds = column, kinds
-
-    def begin(self, positions: Tensor) -> None:
-        for marks in self.marks:
-            marks.index_copy_(1, self.column % marks.shape[1], positions)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self._update(self.keys[layer], k), self._update(self.values[layer], v)
-
-    def _update(self, held: Held, x: Tensor) -> Tensor:
-        for into, part in zip(held, encoded(x, len(held) > 1), strict=True):
-            into.index_copy_(2, self.column % into.shape[2], part)
-        return decoded(held, x.dtype)
-
-    def key_positions(self, layer: int) -> Tensor:
-        return self.marks[self.kinds[layer]]
-
-    def end(self) -> None:
-        pass
+CacheTensors = tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]], list[Tensor]]  # keys, values, positions
+PROGRAM_IDS = count()
 
 
-class Compiled:
-    """A model's step, compiled at its first use: ids (B, 1), positions (B or 1, 1), a cache -> logits (B, V)."""
+class GraphCache(Cache, Protocol):
+    """A KV cache whose tensors a graph can read and write."""
+
+    kinds: list[int]  # which tensor of positions each layer uses
+    dtype: torch.dtype
+    static_view: Callable[[CacheTensors, Tensor, list[int]], Cache]  # the cache inside the graph: (.., column, kinds)
+
+    def tensors(self) -> CacheTensors:
+        """Keys and values of each layer, and positions of each kind of layer; other tensors once it was resized."""
+        ...
+
+
+def decode_step(
+    program: str,
+    model: Decoder,
+    ids: Tensor,
+    positions: Tensor,
+    column: Tensor,
+    tensors: CacheTensors,
+    view: Callable[..., Cache],
+    kinds: list[int],
+) -> Tensor:
+    """Logits (B, V) of one token per row. `program` encodes all other specialisation: the only guard checked."""
+    assert program  # dynamo guards only what is used
+    cache = view(tensors, column, kinds)
+    return model.logits(model.hidden_states(ids, positions=positions, cache=cache)[:, -1])
+
+
+class CompiledStep:
+    """A model's decode step, compiled at first use and again after modules, specs or hooks of the model changed."""
 
     def __init__(self, model: Decoder):
-        self.model, self.number = model, next(NUMBERS)
-        self.opened: list[Tensor] | None = None  # the marks of the cache whose lengths were left open
-        keep_compiled()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PROGRAMS)
-        options = {"guard_filter_fn": of_form, "size_asserts": False, "cpp.threads": 1}
+        self.model, self.structure, self.program_id = model, Structure(model), next(PROGRAM_IDS)
+        self.dynamic: list[Tensor] | None = None  # positions of the cache whose dimensions were marked dynamic
+        use_compile_cache()
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_PROGRAMS)
+        options = {"guard_filter_fn": guard_on_program, "size_asserts": False, "cpp.threads": 1}
         options["triton.cudagraphs"] = model.device.type == "cuda"
-        self.graph: Callable[..., Tensor] = torch.compile(self.step, fullgraph=True, options=options)
+        self.graph: Callable[..., Tensor] = torch.compile(decode_step, fullgraph=True, options=options)
 
-    def step(
-        self, form: str, ids: Tensor, positions: Tensor, column: Tensor, inside: Inside, kinds: list[int]
-    ) -> Tensor:
-        """`form` says all that a program depends on beside what is left open: nothing else is checked at a call."""
-        assert form  # what is not used is not checked
-        cache = StaticCacheView(inside, column, kinds)
-        return self.model.logits(self.model.hidden_states(ids, positions=positions, cache=cache)[:, -1])
-
-    def __call__(self, ids: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
-        """Logits after one token of each row; the cache has it then."""
+    def __call__(self, ids: Tensor, positions: Tensor | None, cache: GraphCache) -> Tensor:
+        """Append one token per row, ids (B, 1) at positions (B or 1, 1), to the cache; logits (B, V)."""
+        if not self.structure.is_current():
+            self.structure, self.program_id = Structure(self.model), next(PROGRAM_IDS)
         column = torch.tensor([cache.length], device=ids.device)
         positions = column[None] if positions is None else positions
         cache.begin(positions)
-        keys, values, marks = inside = cache.tensors()
-        if self.opened is not marks:  # a cache's tensors are others once it has grown or lost rows
-            self.opened = marks
-            for x in (x for held in (*keys, *values) for x in held):
-                leave_open(x, 2)
-            for x in marks:
-                leave_open(x, 1)
+        keys, values, key_positions = tensors = cache.tensors()
+        if self.dynamic is not key_positions:
+            self.dynamic = key_positions
+            for x in (x for layer in (*keys, *values) for x in layer):
+                mark_dynamic(x, 2)
+            for x in key_positions:
+                mark_dynamic(x, 1)
         for x in (ids, positions):
-            leave_open(x)
-        form = f"{self.number} {len(ids) > 1} {len(positions) > 1} {len(marks[0]) > 1} {cache.coded}"
-        logits = self.graph(form, ids, positions, column, inside, cache.kinds)
+            mark_dynamic(x)
+        batched = f"{len(ids) > 1} {len(positions) > 1} {len(key_positions[0]) > 1}"
+        program = f"{self.program_id} {batched} {cache.dtype} {len(keys[0])}"
+        logits = self.graph(program, self.model, ids, positions, column, tensors, cache.static_view, cache.kinds)
         cache.end()
         return logits
 
 
-def leave_open(x: Tensor, *dims: int) -> None:
-    """Let these dimensions, and the rows where there are several, be anything in the program that is made."""
+def mark_dynamic(x: Tensor, *dims: int) -> None:
+    """Compile for any size of these dimensions, and for any number of rows over one."""
     if not hasattr(x, "_dynamo_dynamic_indices"):
         for dim in (*dims, *((0,) if x.shape[0] > 1 else ())):
             torch._dynamo.mark_dynamic(x, dim)
 
 
-def of_form(guards: Sequence[Any]) -> list[bool]:
-    """Of what a program would check at each call (a quarter of a millisecond), the form alone."""
-    return [guard.name in ("form", "L['form']") for guard in guards]  # by torch's version
+def guard_on_program(guards: Sequence[Any]) -> list[bool]:
+    """Keep one guard, on `program`: checking all of them takes a quarter of a millisecond per call."""
+    return [guard.name in ("program", "L['program']") for guard in guards]  # by torch's version
 
 
-def pays(spec: Spec, tokens: int, device: torch.device) -> bool:
-    """Whether so many tokens to come repay the compiler's SECONDS, by SAVED for each layer of each."""
-    return compiler_found() and tokens * spec.n_layers * SAVED[device.type == "cuda"] > SECONDS
+def is_worth_compiling(spec: Spec, tokens: int, device: torch.device) -> bool:
+    """Whether decoding so many tokens saves more time than compiling takes."""
+    return has_compiler() and tokens * spec.n_layers * SAVED_SECONDS[device.type == "cuda"] > COMPILE_SECONDS

@@ -1,219 +1,161 @@
-"""A finished model made ready for a CPU: products that stream weights, one product for several, one operator for many.
+"""A finished model made fast on a CPU: its modules are replaced by fused ones with the same parameters and names.
 
-Done from outside and in place; parameters and their names stay. Without kernels torch's products stand in.
+Skinny GEMM, q, k and v in one GEMM, gate and up in one GEMM, one operator for a norm, an activation or RoPE, and in a
+decode step one operator for everything after attention. Without kernels, or where gradients are needed, each fused
+module does what the one it replaced does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from oneblock.kernels.build import fits
+from oneblock import spec as s
+from oneblock.kernels.build import can_use_kernels, use_kernel
+from oneblock.kernels.linear import (
+    MAX_ROWS,
+    SkinnyGemmLinear,
+    can_fuse,
+    fused_linear,
+    is_unmodified,
+    kernel_args,
+)
+from oneblock.kernels.substitution import as_subclass, replace_module
 from oneblock.model import Decoder
 from oneblock.model.attention import MIDDLE, Attention, blocked_matmul
 from oneblock.model.context import ForwardContext
 from oneblock.model.decoder import Block
 from oneblock.model.mlp import Mlp, activate
 from oneblock.model.norm import Norm
-from oneblock.quant.linear import MOST, QuantizedLinear, SkinnyGemmLinear, held, product
 
-CURVE = 2 * (2 / math.pi) ** 0.5
-# Activations that are x sigmoid(a x + b x^3): their a and b
-SIGMOIDS = {"silu": (1.0, 0.0), "quick_gelu": (1.702, 0.0), "gelu_tanh": (CURVE, CURVE * 0.044715)}
+GELU = 2 * (2 / math.pi) ** 0.5
+# Activations that are x * sigmoid(a x + b x^3): (a, b)
+SIGMOID_COEFFICIENTS = {"silu": (1.0, 0.0), "quick_gelu": (1.702, 0.0), "gelu_tanh": (GELU, GELU * 0.044715)}
 
 
-class Project:
-    """`Attention.project` as one product."""
+def sigmoid_coefficients(spec: s.Mlp) -> tuple[float, float] | None:
+    """(a, b) of an activation that our operators compute; None for the others."""
+    return SIGMOID_COEFFICIENTS.get(spec.act) if spec.clamp is None and not spec.up_offset else None
 
-    def __init__(self, attn: Attention):
-        self.attn = attn
 
-    def __call__(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn = cast(Any, self.attn)
-        if x is not source:  # of the last layer only some columns ask
-            return attn.wq(x), attn.wk(source), attn.wv(source)
-        q, k, v = product(x, (attn.wq, attn.wk, attn.wv))
+class FusedAttention(Attention):
+    """Attention with one GEMM for q, k and v, one operator for RoPE, and decode attention on grouped heads."""
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x is not source:  # cross-attention, or the last layer of a prefill, which needs few queries
+            return super().project(x, source)
+        q, k, v = fused_linear(x, self.wq, self.wk, self.wv)
         return q, k, v
 
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rope = self.spec.rope
+        if not use_kernel(x) or x.stride(-1) != 1 or rope is None or rope.interleaved:
+            return super().turn(x, cos, sin)
+        return torch.ops.oneblock_cpu.apply_rope(x, cos.contiguous(), sin.contiguous())
 
-def curve(mlp: Mlp) -> tuple[float, float] | None:
-    """Its activation's a and b, where our operators have it."""
-    return SIGMOIDS.get(mlp.spec.act) if mlp.spec.clamp is None and not mlp.spec.up_offset else None
-
-
-class Inner:
-    """`Mlp.inner` as one product and one operator."""
-
-    def __init__(self, mlp: Mlp):
-        self.mlp, self.curve = mlp, curve(mlp)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        mlp = cast(Any, self.mlp)
-        if mlp.gate is None:
-            x, up = mlp.up(x), None
-        elif alike(mlp.up, mlp.gate):
-            up, x = product(x, (mlp.up, mlp.gate))
-        else:
-            up, x = mlp.up(x), mlp.gate(x)
-        if self.curve is None or not alone(x):
-            return activate(mlp.spec, x, None) if up is None else activate(mlp.spec, up, x)
-        x = even(x)
-        torch.ops.oneblock_rows.gate(x, None if up is None else even(up), *self.curve)
-        return x
-
-
-class Rest:
-    """`Block.forward` of one token, all that comes after its attention as one operator."""
-
-    def __init__(self, block: Block, curve: tuple[float, float]):
-        self.block, self.forward, self.curve = block, block.forward, curve
-
-    def __call__(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
-        block = cast(Any, self.block)
-        norm, attn, mlp = block.mlp_in, block.attn, block.mlp
-        layers = (attn.wo, mlp.gate, mlp.up, mlp.down) if mlp.gate is not None else (attn.wo, mlp.up, mlp.down)
-        if x.shape[1] > 1 or not fits(x) or len(x) > MOST or norm.weight.dtype != x.dtype or not alike(*layers):
-            return self.forward(x, ctx, layer)
-        y = attn.mixed(block.attn_in(x), ctx, layer)
-        how = norm.weight, norm.bias, *arguments(norm), *self.curve
-        return torch.ops.oneblock_rows.rest(x.contiguous(), y.contiguous(), *held(layers), *how)
-
-
-class Normed:
-    """`Norm.forward` as one operator."""
-
-    def __init__(self, norm: Norm):
-        self.norm, self.forward = norm, norm.forward
-
-    def __call__(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        if not alone(x) or norm.weight.dtype != x.dtype:
-            return self.forward(x)
-        return torch.ops.oneblock_rows.norm(x.contiguous(), norm.weight, norm.bias, *arguments(norm))
-
-
-def arguments(norm: Norm) -> tuple[float, float, bool, bool]:
-    """What our operators ask of a norm beside its weights: eps, offset, centred, after."""
-    spec, centred = norm.spec, norm.spec.kind == "layer"
-    return spec.eps, spec.weight_offset, centred, not centred and not spec.scale_in_fp32
-
-
-class Turn:
-    """`Attention.turn` as one operator."""
-
-    def __init__(self, attn: Attention):
-        self.turn = attn.turn
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not alone(x) or x.stride(-1) != 1:
-            return self.turn(x, cos, sin)
-        return torch.ops.oneblock_rows.turned(x, cos.contiguous(), sin.contiguous())
-
-
-class Read:
-    """`Attention.read`: of one query each key is read once for all heads that share it, of many weights in one go."""
-
-    def __init__(self, attn: Attention):
-        self.attn, self.read = attn, attn.read
-        self.scale = attn.spec.scale or attn.spec.head_dim**-0.5
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
-        if not fits(q) or k.dtype != q.dtype or ctx.documents is not None:
-            return self.read(q, k, v, ctx, layer)
-        a, keys = self.attn.spec, k.shape[2]
+    def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
+        a, keys = self.spec, k.shape[2]
+        has_kernel = not a.cross and a.softcap is None and self.sinks is None and a.head_dim % 32 == 0
+        if not has_kernel or not can_use_kernels(q) or k.dtype != q.dtype or ctx.documents is not None:
+            return super().read(q, k, v, ctx, layer)
+        scale = a.scale or a.head_dim**-0.5
         if q.shape[2] == 1:
-            seen = ctx.mask(a, layer, slice(0, 1), slice(0, keys))[:, 0, 0]
-            return torch.ops.oneblock_rows.attend(q.contiguous(), k, v, seen.contiguous(), self.scale)
-        if alone(q) and keys <= MIDDLE and ctx.sees(a, keys) in ("causal", "later"):
-            return blocked_matmul(q, k, v, self.weigh)
-        return self.read(q, k, v, ctx, layer)
+            mask = ctx.mask(a, layer, slice(0, 1), slice(0, keys))[:, 0, 0]
+            return torch.ops.oneblock_cpu.decode_attention(q.contiguous(), k, v, mask.contiguous(), scale)
+        if use_kernel(q) and keys <= MIDDLE and ctx.sees(a, keys) in ("causal", "later"):
 
-    def weigh(self, q: Tensor, k: Tensor, groups: int) -> Tensor:
-        scores = torch.bmm(q, k.transpose(1, 2))
-        torch.ops.oneblock_rows.weigh(scores, q.shape[1] // groups, self.scale)
-        return scores
+            def softmax(q: Tensor, k: Tensor, groups: int) -> Tensor:
+                scores = torch.bmm(q, k.transpose(1, 2))
+                torch.ops.oneblock_cpu.causal_softmax(scores, q.shape[1] // groups, scale)
+                return scores
 
-
-def alone(x: Tensor) -> bool:
-    """Whether x goes through our operators, and is not part of a graph: that fuses better what is small."""
-    return fits(x) and not torch.compiler.is_compiling()
+            return blocked_matmul(q, k, v, softmax)
+        return super().read(q, k, v, ctx, layer)
 
 
-def even(x: Tensor) -> Tensor:
-    """x (.., N) with rows at even distances."""
-    steps = x.dim() < 3 or len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if x.stride(-1) == 1 and steps else x.contiguous()
+class FusedMlp(Mlp):
+    """An MLP with one GEMM for gate and up and one operator for the activation."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        up, gate = (self.up(x), None) if self.gate is None else fused_linear(x, self.up, self.gate)
+        h = up if gate is None else gate
+        coefficients = sigmoid_coefficients(self.spec)
+        if coefficients is None or not use_kernel(h):
+            return activate(self.spec, up, gate)
+        h = make_rows_contiguous(h)
+        torch.ops.oneblock_cpu.gated_activation(h, None if gate is None else make_rows_contiguous(up), *coefficients)
+        return h
+
+
+class FusedNorm(Norm):
+    """A norm as one operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not use_kernel(x) or self.weight.dtype != x.dtype:
+            return super().forward(x)
+        return torch.ops.oneblock_cpu.norm(x.contiguous(), *norm_args(self))
+
+
+def norm_args(norm: Norm) -> tuple[Tensor, Tensor | None, float, float, bool, bool]:
+    """A norm as the operators take it: weight, bias, eps, offset, centred, gain_after."""
+    spec, centred = norm.spec, norm.spec.kind == "layer"
+    return norm.weight, norm.bias, spec.eps, spec.weight_offset, centred, not centred and not spec.scale_in_fp32
+
+
+class FusedBlock(Block):
+    """A block that in a decode step computes everything after its attention in one kernel."""
+
+    def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
+        if x.shape[1] > 1 or len(x) > MAX_ROWS or not can_use_kernels(x) or not self.can_fuse(x.dtype):
+            return super().forward(x, ctx, layer)
+        attn, mlp, norm = self.attn, cast(FusedMlp, self.mlp), cast(Norm, self.mlp_in)
+        y = attn.mixed(self.attn_in(x), ctx, layer)
+        args = kernel_args(cast(Any, self.linears_after_attention(mlp)))
+        coefficients = sigmoid_coefficients(mlp.spec)
+        assert coefficients is not None
+        return torch.ops.oneblock_cpu.fused_post_attention(
+            x.contiguous(), y.contiguous(), *args, *norm_args(norm), *coefficients
+        )
+
+    def can_fuse(self, dtype: torch.dtype) -> bool:
+        """Whether the parts are those that the kernel knows, unwrapped and without hooks."""
+        attn, mlp, norm = self.attn, self.mlp, self.mlp_in
+        return (
+            self.residual == "pre"
+            and self.attn_gate is None
+            and (type(attn), type(mlp), type(norm)) == (FusedAttention, FusedMlp, FusedNorm)
+            and is_unmodified(attn, mlp, norm)
+            and cast(FusedNorm, norm).weight.dtype == dtype
+            and sigmoid_coefficients(cast(FusedMlp, mlp).spec) is not None
+            and can_fuse(*self.linears_after_attention(cast(FusedMlp, mlp)))
+        )
+
+    def linears_after_attention(self, mlp: Mlp) -> list[nn.Module]:
+        return [m for m in (self.attn.wo, mlp.gate, mlp.up, mlp.down) if m is not None]
+
+
+def make_rows_contiguous(x: Tensor) -> Tensor:
+    """x (.., N) with contiguous rows at one constant stride, copied if it has not."""
+    constant = x.dim() < 3 or len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if x.stride(-1) == 1 and constant else x.contiguous()
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: SkinnyGemmLinear,
+    Attention: FusedAttention,
+    Mlp: FusedMlp,
+    Norm: FusedNorm,
+    Block: FusedBlock,
+}
 
 
 def optimize_for_cpu(model: Decoder) -> None:
-    """In place. Does nothing but on CPUs, and nothing twice."""
+    """Replace modules by fused ones, in place. Does nothing on other devices, and nothing the second time."""
     if model.device.type != "cpu":
         return
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, streamed(child))
-    for module in model.modules():
-        if isinstance(module, Attention):
-            optimize_attention(module)
-        elif isinstance(module, Mlp):
-            put(module, "inner", Inner)
-        elif isinstance(module, Norm):
-            put(module, "forward", Normed)
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        optimize_block(block)
-
-
-def optimize_block(block: Block) -> None:
-    found = curve(block.mlp) if isinstance(block.mlp, Mlp) else None
-    if found is not None and block.residual == "pre" and block.attn_gate is None:
-        put(block, "forward", lambda block: Rest(block, found))
-
-
-def optimize_attention(attn: Attention) -> None:
-    a = attn.spec
-    if not a.cross and alike(attn.wq, attn.wk, attn.wv):
-        put(attn, "project", Project)
-    if a.rope and not a.rope.interleaved:
-        put(attn, "turn", Turn)
-    if not a.cross and a.softcap is None and attn.sinks is None and a.head_dim % 32 == 0:
-        put(attn, "read", Read)
-
-
-def put(module: nn.Module, name: str, ctx: Callable[[Any], object]) -> None:
-    """Have a step of a module done otherwise."""
-    if name not in vars(module):
-        setattr(module, name, ctx(module))
-
-
-@contextmanager
-def disable_fusion(root: nn.Module) -> Iterator[None]:
-    """Inside, every linear layer is called for its own product of many rows: for those who look at what it is given."""
-    joint = [(m, name, vars(m).pop(name)) for m in root.modules() for name in ("project", "inner") if name in vars(m)]
-    try:
-        yield
-    finally:
-        for module, name, ctx in joint:
-            setattr(module, name, ctx)
-
-
-def streamed(linear: nn.Linear) -> SkinnyGemmLinear:
-    """The same layer, with the same parameters."""
-    with torch.device("meta"):
-        new = SkinnyGemmLinear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    new.weight, new.bias = linear.weight, linear.bias
-    return new
-
-
-def alike(*layers: nn.Module) -> bool:
-    """Whether one operator can do them all: of one kind that has one, all with a bias or none."""
-    kinds = {
-        (type(x), x.bits if isinstance(x, QuantizedLinear) else 0, getattr(x, "bias", None) is None) for x in layers
-    }
-    return len(kinds) == 1 and isinstance(layers[0], QuantizedLinear | SkinnyGemmLinear)
+    for name, module in list(model.named_modules()):
+        if type(module) in FUSED:
+            replace_module(model, name, as_subclass(module, FUSED[type(module)]))

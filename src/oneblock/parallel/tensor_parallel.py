@@ -22,21 +22,18 @@ from torch import Tensor, nn
 
 from oneblock import spec as s
 from oneblock.errors import OneblockError
+from oneblock.kernels.linear import COLUMNS, ROWS, frozen_copy, slice_linear
 from oneblock.model import Decoder
 from oneblock.model.attention import Attention
 from oneblock.model.decoder import Block
 from oneblock.model.mlp import Experts, Mlp, Moe
 from oneblock.parallel.collectives import Group, Op, all_gather, reduce_scatter
 from oneblock.parallel.process_group import ProcessGroup
-from oneblock.quant.formats import TILE
-from oneblock.quant.linear import Float8Linear, QuantizedLinear
-from oneblock.quant.quantize import Codes, QuantizedExperts
+from oneblock.quant.modules import QuantizedExperts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh  # slow to import: training only
 
-Layer = nn.Linear | Codes
-OUT, IN = 0, 1  # dimensions of a weight (out_features, in_features)
 COLUMN_PARALLEL = ("wq", "wk", "wv", "gate", "up")
 ROW_PARALLEL = ("wo", "down")
 MOST_SUGGESTED = 64  # the largest tp that an error suggests
@@ -81,7 +78,7 @@ class DTensorLinear(nn.Linear):
 
         super().__init__(linear.in_features, linear.out_features, device="meta")
         for name, p in (("weight", linear.weight), ("bias", linear.bias)):
-            replicated = p is None or (name == "bias" and dim == IN)  # RowParallelLinear takes this bias
+            replicated = p is None or (name == "bias" and dim == COLUMNS)  # RowParallelLinear takes this bias
             shard = p if replicated else DTensor.from_local(p.detach(), mesh, [Shard(dim)], run_check=False)
             self.register_parameter(name, None if shard is None else nn.Parameter(shard))
 
@@ -133,7 +130,7 @@ class TensorParallel:
         q, kv = (slice(x.start * a.head_dim, x.stop * a.head_dim) for x in (heads, kv_heads))
         self.shard_linears(attn, {"wq": q, "wk": kv, "wv": kv, "wo": q})
         if attn.sinks is not None:
-            attn.sinks = copy_parameter(attn.sinks[heads])
+            attn.sinks = frozen_copy(attn.sinks[heads])
 
     def shard_mlp(self, mlp: Mlp) -> None:
         self.shard_linears(mlp, dict.fromkeys(("gate", "up", "down"), self.own(mlp.spec.hidden_dim)))
@@ -157,14 +154,14 @@ class TensorParallel:
 
     def shard_linears(self, module: nn.Module, features: dict[str, slice]) -> None:
         for name, part in features.items():
-            layer, dim = getattr(module, name), IN if name in ROW_PARALLEL else OUT
+            layer, dim = getattr(module, name), COLUMNS if name in ROW_PARALLEL else ROWS
             if layer is None:
                 continue
             shard: nn.Module = slice_linear(layer, dim, part)
             if self.mesh is not None:
                 assert isinstance(shard, nn.Linear)
                 shard = DTensorLinear(shard, dim, self.mesh)
-            setattr(module, name, RowParallelLinear(shard, self.reduce) if dim == IN else shard)
+            setattr(module, name, RowParallelLinear(shard, self.reduce) if dim == COLUMNS else shard)
 
     def own(self, n: int) -> slice:
         """Return this rank's slice of n heads or features; if there are fewer than ranks, the one it shares."""
@@ -217,7 +214,7 @@ def check_divides(name: str, n: int, degree: int, dim: str = "tp") -> None:
 
 
 def shard_quantized_experts(experts: QuantizedExperts, hidden: slice, add_bias: bool) -> None:
-    for name, dim in (("gate", OUT), ("up", OUT), ("down", IN)):
+    for name, dim in (("gate", ROWS), ("up", ROWS), ("down", COLUMNS)):
         layers = getattr(experts, name)
         if layers is not None:
             setattr(experts, name, nn.ModuleList(slice_linear(layer, dim, hidden) for layer in layers))
@@ -228,57 +225,6 @@ def shard_quantized_experts(experts: QuantizedExperts, hidden: slice, add_bias: 
 def shard_experts(experts: Experts, hidden: slice, add_bias: bool) -> None:
     for name in ("gate", "up", "gate_bias", "up_bias"):
         stacked = getattr(experts, name)
-        setattr(experts, name, None if stacked is None else copy_parameter(stacked[:, hidden]))
-    experts.down = copy_parameter(experts.down[:, :, hidden])
+        setattr(experts, name, None if stacked is None else frozen_copy(stacked[:, hidden]))
+    experts.down = frozen_copy(experts.down[:, :, hidden])
     experts.down_bias = experts.down_bias if add_bias else None
-
-
-def copy_parameter(x: Tensor) -> nn.Parameter:
-    return nn.Parameter(x.detach().clone(), requires_grad=False)
-
-
-def slice_linear(layer: Layer, dim: int, part: slice) -> Any:
-    """Return a copy of some output (0) or input (1) features of a layer, as its own class; inputs keep the bias."""
-    sizes = [layer.out_features, layer.in_features]
-    sizes[dim] = part.stop - part.start
-    with torch.device("meta"):
-        new = empty_like(layer, *sizes)
-    if isinstance(layer, QuantizedLinear):
-        slice_quantized(new, layer, dim, part)
-    elif isinstance(layer, Float8Linear):
-        new.codes = (layer.codes[part] if dim == OUT else layer.codes[:, part]).clone()
-        new.scale = (layer.scale[part] if dim == OUT else layer.scale).clone()
-    else:
-        new.weight = copy_parameter(layer.weight[part] if dim == OUT else layer.weight[:, part])
-    if layer.bias is not None:
-        new.bias = copy_parameter(layer.bias[part] if dim == OUT else layer.bias)
-    return new
-
-
-def empty_like(layer: Layer, out_features: int, in_features: int) -> Any:
-    if isinstance(layer, QuantizedLinear):
-        return QuantizedLinear(out_features, in_features, layer.group)
-    if isinstance(layer, Float8Linear):
-        return Float8Linear(out_features, in_features)
-    return nn.Linear(in_features, out_features, bias=False)
-
-
-def slice_quantized(new: QuantizedLinear, layer: QuantizedLinear, dim: int, part: slice) -> None:
-    """Copy whole tiles of output features, or whole groups of input features."""
-    unit = TILE if dim == OUT else layer.group or TILE
-    if part.start % unit or (part.stop - part.start) % unit:
-        name, kind = ("output", "tile") if dim == OUT else ("input", "group")
-        raise OneblockError(
-            f"a shard of {part.stop - part.start} {name} features of an int{layer.bits} matrix is not a multiple of "
-            f"its {kind} of {unit}; use a smaller tp"
-        )
-
-    def copy_slice(x: Tensor, columns: int) -> Tensor:
-        """Slice x (tiles, blocks of that many columns, ..)."""
-        if dim == OUT:
-            return x[part.start // TILE : part.stop // TILE].clone()
-        return x[:, part.start // columns : part.stop // columns].clone()
-
-    new.codes = copy_slice(layer.codes, 32 // layer.bits)
-    new.scale = copy_slice(layer.scale, 1) if dim == OUT else layer.scale.clone()
-    new.groups = None if layer.groups is None else copy_slice(layer.groups, layer.group)

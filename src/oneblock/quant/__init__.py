@@ -1,1 +1,1 @@
-"""Quantization: int8, int4 and fp8 weight formats, their linear layers, GPTQ calibration, quality reports."""
+"""Quantization: int8, int4 and fp8 weight formats, their linear layers, GPTQ calibration, quality measures."""

@@ -1,4 +1,4 @@
-"""Codes that make up for each other's rounding, on the activations of a text: GPTQ (arXiv:2210.17323)."""
+"""GPTQ (arXiv:2210.17323): int4 rounding whose errors compensate each other on calibration activations."""
 
 from __future__ import annotations
 
@@ -8,107 +8,116 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from oneblock.kernels.cpu_modules import disable_fusion
 from oneblock.model import Decoder
 from oneblock.model.context import ForwardContext
-from oneblock.quant.formats import QuantParams, fit_quant_params, scale_of
+from oneblock.quant.formats import QuantParams, fit_quant_params, row_scales
 from oneblock.quant.linear import QuantizedLinear
-from oneblock.quant.quantize import Codes, Fill, QuantConfig, nearest, replace, share_head
+from oneblock.quant.modules import QuantizedLayer
+from oneblock.quant.quantize import (
+    QuantConfig,
+    SetWeight,
+    check_quantizable,
+    replace_linears,
+    round_to_nearest,
+    tie_embedding,
+)
 
-DAMP = 0.01  # of the mean of the diagonal, added to it: the paper's
-ROWS = 4  # texts at a time
-ROOM = 1.1  # for what later columns take over
+DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean: the paper's
+BATCH = 4  # calibration sequences at a time
+HEADROOM = 1.1  # of a row's scale, for weights that grow as they compensate for earlier columns
 
 
 @torch.no_grad()
 def calibrate(
-    model: Decoder, bits: QuantConfig, ids: Tensor, seen: Callable[[int], None] = lambda layer: None
+    model: Decoder, config: QuantConfig, ids: Tensor, report: Callable[[int], None] = lambda layer: None
 ) -> Decoder:
-    """Quantise in place to 4 bits, layer after layer, each on what the quantised ones before it make of ids (B, T).
+    """Quantize to int4 in place, layer by layer, each on the output of the quantized ones before it for ids (B, T).
 
-    Experts, and layers that read an image, get the nearest codes.
+    Experts and cross-attention layers are rounded to nearest. `report` gets the number of layers done.
     """
+    check_quantizable(model, config)
     ctx = ForwardContext(torch.arange(ids.shape[1], device=ids.device)[None], ordered=True)
-    parts = [model.embedded(part, ctx.positions) for part in ids.split(ROWS)]
+    batches = [model.embedded(batch, ctx.positions) for batch in ids.split(BATCH)]
     for layer, block in enumerate(model.blocks):
         if model.spec.layers[layer].attn.cross:
-            replace(block, bits, nearest)
+            replace_linears(block, config, round_to_nearest)
             continue
-        with products(block) as sums:
-            for x in parts:
+        with collect_hessians(block) as hessians:
+            for x in batches:
                 block(x, ctx, layer)
-        replace(block, bits, filler(sums))
-        parts = [block(x, ctx, layer) for x in parts]
-        seen(layer + 1)
-    rest = nn.ModuleDict({"head": model.head})
-    with products(rest) as sums:
-        for x in parts:
-            model.logits(model.norm(x)[:, ::8])  # one place in eight says enough of the largest matrix's inputs
-    replace(rest, bits, filler(sums))
-    model.head = rest["head"]  # type: ignore[assignment]
-    return share_head(model)
+        replace_linears(block, config, gptq_with(hessians))
+        batches = [block(x, ctx, layer) for x in batches]
+        report(layer + 1)
+    output = nn.ModuleDict({"head": model.head})
+    with collect_hessians(output) as hessians:
+        for x in batches:
+            model.logits(model.norm(x)[:, ::8])  # one position in eight suffices for the largest matrix
+    replace_linears(output, config, gptq_with(hessians))
+    model.head = output["head"]  # type: ignore[assignment]
+    return tie_embedding(model)
 
 
 @contextmanager
-def products(root: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Inside, the sum of x.T @ x over all inputs x of each linear layer, by its name."""
-    sums: dict[str, Tensor] = {}
+def collect_hessians(root: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Sum x.T @ x over all inputs x of each linear layer, by its name. Layers with hooks are never fused."""
+    hessians: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
-        found = x.T @ x
-        sums[name] = sums[name].add_(found) if name in sums else found
+        gram = x.T @ x
+        hessians[name] = hessians[name].add_(gram) if name in hessians else gram
 
     hooks = []
     for name, module in root.named_modules():
         if isinstance(module, nn.Linear):
             hooks.append(module.register_forward_hook(lambda m, args, y, name=name: add(name, args[0])))
     try:
-        with disable_fusion(root):
-            yield sums
+        yield hessians
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def filler(sums: dict[str, Tensor]) -> Fill:
-    def fill(name: str, coded: Codes, weight: Tensor) -> None:
-        if name in sums and isinstance(coded, QuantizedLinear):
-            coded.fill(*corrected(weight, sums.pop(name), coded.group))
+def gptq_with(hessians: dict[str, Tensor]) -> SetWeight:
+    """Quantize by GPTQ the layers that have a Hessian, by rounding to nearest the others."""
+
+    def set_weight(name: str, layer: QuantizedLayer, weight: Tensor) -> None:
+        if name in hessians and isinstance(layer, QuantizedLinear):
+            layer.set_weight(*gptq_quantize(weight, hessians.pop(name), layer.group))
         else:
-            nearest(name, coded, weight)
+            round_to_nearest(name, layer, weight)
 
-    return fill
+    return set_weight
 
 
-def corrected(weight: Tensor, products: Tensor, group: int) -> tuple[Tensor, QuantParams]:
-    """Codes (N, K) and what they stand for: what a column loses by rounding the later ones take over."""
-    left, upper = weight.float().clone(), inverse_root(products)
-    scale, codes, found = scale_of(left, group, ROOM), torch.empty_like(left, dtype=torch.uint8), []
-    for start in range(0, left.shape[1], group):
+def gptq_quantize(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, QuantParams]:
+    """q (N, K) and its parameters; later columns compensate for the rounding error of each column."""
+    remaining, upper = weight.float().clone(), cholesky_of_inverse(hessian)
+    scale, q, params = row_scales(remaining, group, HEADROOM), torch.empty_like(remaining, dtype=torch.uint8), []
+    for start in range(0, remaining.shape[1], group):
         end = start + group
-        here, root = left[:, start:end], upper[start:end, start:end]
-        ranges = fit_quant_params(here[:, None], scale, products.diagonal()[start:end])
-        wrong = torch.empty_like(here)
+        columns, root = remaining[:, start:end], upper[start:end, start:end]
+        params.append(fit_quant_params(columns[:, None], scale, hessian.diagonal()[start:end]))
+        errors = torch.empty_like(columns)
         for j in range(group):
-            column = here[:, j, None, None]
-            code = ranges.codes(column)
-            wrong[:, j] = (column - ranges.numbers(code))[:, 0, 0] / root[j, j]
-            here[:, j:] -= wrong[:, j, None] * root[j, j:]
-            codes[:, start + j] = code[:, 0, 0]
-        left[:, end:] -= wrong @ upper[start:end, end:]
-        found.append(ranges)
-    return codes, QuantParams(scale, *(torch.cat(x, 1) for x in zip(*((r.factor, r.zero) for r in found), strict=True)))
+            column = columns[:, j, None, None]
+            rounded = params[-1].quantize(column)
+            errors[:, j] = (column - params[-1].dequantize(rounded))[:, 0, 0] / root[j, j]
+            columns[:, j:] -= errors[:, j, None] * root[j, j:]
+            q[:, start + j] = rounded[:, 0, 0]
+        remaining[:, end:] -= errors @ upper[start:end, end:]
+    fields = zip(*((p.group_qscale, p.qzero) for p in params), strict=True)
+    return q, QuantParams(scale, *(torch.cat(x, 1) for x in fields))
 
 
-def inverse_root(products: Tensor) -> Tensor:
-    """The upper triangle U with U.T @ U the inverse of the products (K, K), which are damped until they have one."""
-    diagonal = products.diagonal()
-    damp = DAMP * diagonal.mean().clamp(min=1e-8)
+def cholesky_of_inverse(hessian: Tensor) -> Tensor:
+    """The upper triangle U with U.T @ U the inverse of the Hessian (K, K), damped until it is positive definite."""
+    diagonal = hessian.diagonal()
+    damping = DAMPING * diagonal.mean().clamp(min=1e-8)
     while True:
-        lower, wrong = torch.linalg.cholesky_ex(products + torch.diag_embed(damp.expand_as(diagonal)))
-        if not wrong:
-            upper, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not wrong:
+        lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag_embed(damping.expand_as(diagonal)))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
                 return upper
-        damp = damp * 10
+        damping = damping * 10

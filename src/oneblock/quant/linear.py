@@ -1,163 +1,179 @@
-"""Linear layers for decoding: weights that stream as they are, or as codes in 8 and 4 bits."""
+"""Quantized linear layers: int8 and int4 (QuantizedLinear) and fp8 (Float8Linear)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Hashable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneblock.kernels.build import fits
-from oneblock.quant.formats import TILE, QuantParams, packed, quantize_float8, tiled, unpacked
+from oneblock.errors import OneblockError
+from oneblock.kernels.linear import (
+    COLUMNS,
+    ROWS,
+    KernelWeight,
+    fits_kernel,
+    linear_kernel,
+    slice_bias,
+    uses_gemm_kernel,
+)
+from oneblock.quant.formats import TILE, QuantParams, pack_tiles, quantize_float8, tile_rows, unpack_rows
 
-BLOCKS = (256, 128, 64, 32, 16)  # columns whose activations share a scale, where weights have no groups: what divides
-MOST = 16  # rows up to which bf16 weights stream faster than torch's product, which wins with more
+ACTIVATION_GROUPS = (256, 128, 64, 32, 16)  # columns of int8 layers whose activations share a scale: the first divisor
+DEQUANTIZED = 1 << 22  # weights dequantized at a time for torch's GEMM
 
 
-class SkinnyGemmLinear(nn.Linear):
-    """nn.Linear whose products of few rows go as fast as the memory."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return product(input, (self,))[0]
-
-    def plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
+@uses_gemm_kernel
 class QuantizedLinear(nn.Module):
-    """A linear layer of codes, in place of nn.Linear. Groups of 0 columns: 8 bits."""
+    """A linear layer in int4 with groups of `group` columns, or in int8 with group 0."""
 
-    codes: Tensor
+    max_rows: ClassVar[float] = math.inf
+    qweight: Tensor
     scale: Tensor
-    groups: Tensor | None  # factor and zero of each
+    group_params: Tensor | None  # group_qscale and qzero
 
-    def __init__(self, rows: int, columns: int, group: int, bias: Tensor | None = None):
+    def __init__(self, out_features: int, in_features: int, group: int, bias: Tensor | None = None):
         super().__init__()
-        self.out_features, self.in_features, self.group = rows, columns, group
-        tiles = -(-rows // TILE)
-        self.register_buffer("codes", torch.empty((tiles, columns * self.bits // 32, TILE, 4), dtype=torch.uint8))
+        self.out_features, self.in_features, self.group = out_features, in_features, group
+        tiles = -(-out_features // TILE)
+        qweight = torch.empty((tiles, in_features * self.bits // 32, TILE, 4), dtype=torch.uint8)
+        self.register_buffer("qweight", qweight)
         self.register_buffer("scale", torch.empty((tiles, TILE), dtype=torch.float32))
-        ranges = torch.empty((tiles, columns // group, 2, TILE), dtype=torch.uint8) if group else None
-        self.register_buffer("groups", ranges)
+        params = torch.empty((tiles, in_features // group, 2, TILE), dtype=torch.uint8) if group else None
+        self.register_buffer("group_params", params)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def bits(self) -> int:
         return 4 if self.group else 8
 
-    @property
-    def block(self) -> int:
-        """Columns that share an activation's scale."""
-        return self.group or next(n for n in BLOCKS if self.in_features % n == 0)
+    def set_weight(self, q: Tensor, params: Tensor | QuantParams) -> None:
+        """Store q (N, K) with its scales (N, 1) for int8 or its QuantParams for int4."""
+        self.qweight.copy_(pack_tiles(q.to(torch.uint8), self.bits))
+        assert (self.group_params is None) == isinstance(params, Tensor), "int4 has QuantParams, int8 has scales"
+        if self.group_params is not None and isinstance(params, QuantParams):
+            self.group_params.copy_(tile_rows(torch.stack((params.group_qscale, params.qzero), -1)))
+        self.scale.copy_(tile_rows((params.scale if isinstance(params, QuantParams) else params)[:, 0]))
 
-    def fill(self, codes: Tensor, found: Tensor | QuantParams) -> None:
-        """From plain rows: codes (N, K) of whole numbers from 0, and scales (N, 1) or, of 4 bits, ranges."""
-        self.codes.copy_(packed(codes.to(torch.uint8), self.bits))
-        assert (self.groups is None) == isinstance(found, Tensor), "4 bits have ranges, 8 bits scales"
-        if self.groups is not None and isinstance(found, QuantParams):
-            self.groups.copy_(tiled(torch.stack((found.factor, found.zero), -1)))
-        self.scale.copy_(tiled((found.scale if isinstance(found, QuantParams) else found)[:, 0]))
-
-    def rows(self, index: Tensor | None = None) -> Tensor:
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """The weights in fp32, (N, K), or some of their rows."""
-        index = torch.arange(self.out_features, device=self.codes.device) if index is None else index
-        tile, lane = index // TILE, index % TILE
-        codes = unpacked(self.codes[tile, :, lane], self.bits).float()
+        rows = torch.arange(self.out_features, device=self.qweight.device) if rows is None else rows
+        tile, lane = rows // TILE, rows % TILE
+        q = unpack_rows(self.qweight[tile, :, lane], self.bits).float()
         scale = self.scale[tile, lane][:, None]
-        if self.groups is None:
-            return (codes - 128) * scale
-        found = QuantParams(scale, *self.groups[tile, :, :, lane].float().unbind(-1))
-        return found.numbers(codes.unflatten(1, (-1, self.group))).flatten(1)
+        if self.group_params is None:
+            return (q - 128) * scale
+        params = QuantParams(scale, *self.group_params[tile, :, :, lane].float().unbind(-1))
+        return params.dequantize(q.unflatten(1, (-1, self.group))).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, (self,))[0]
+        if self.fusion_key() is not None and fits_kernel(self, x):
+            return linear_kernel(x, self)[0]
+        return self.forward_dequantized(x)
 
-    def plain(self, x: Tensor) -> Tensor:
-        """The product by weights made whole again, part by part."""
-        step = max(TILE, (1 << 22) // self.in_features // TILE * TILE)
-        parts = []
-        for start in range(0, self.out_features, step):
-            index = torch.arange(start, min(start + step, self.out_features), device=x.device)
-            bias = None if self.bias is None else self.bias[index].type_as(x)
-            parts.append(F.linear(x, self.rows(index).type_as(x), bias))
-        return torch.cat(parts, -1)
+    def forward_dequantized(self, x: Tensor) -> Tensor:
+        """torch's GEMM on weights dequantized in chunks of rows."""
+        step = max(TILE, DEQUANTIZED // self.in_features // TILE * TILE)
+        outputs = []
+        for rows in torch.arange(self.out_features, device=x.device).split(step):
+            bias = None if self.bias is None else self.bias[rows].type_as(x)
+            outputs.append(F.linear(x, self.dequantize(rows).type_as(x), bias))
+        return torch.cat(outputs, -1)
+
+    def fusion_key(self) -> Hashable | None:
+        if self.bias is not None and self.bias.dtype != torch.bfloat16:
+            return None
+        return self.group, self.bias is None
+
+    def kernel_weight(self) -> KernelWeight:
+        size = self.group or next(n for n in ACTIVATION_GROUPS if self.in_features % n == 0)
+        return KernelWeight(self.qweight, self.scale, self.group_params, size)
+
+    def slice(self, dim: int, part: slice) -> QuantizedLinear:
+        """Whole tiles of rows, or whole groups of columns."""
+        size = part.stop - part.start
+        unit, name, kind = (TILE, "output", "tile") if dim == ROWS else (self.group or TILE, "input", "group")
+        if part.start % unit or size % unit:
+            raise OneblockError(
+                f"a shard of {size} {name} features of an int{self.bits} matrix is not a multiple of its {kind} of "
+                f"{unit}; use a smaller tp"
+            )
+
+        def take(x: Tensor, columns: int) -> Tensor:
+            """A slice of x (tiles, pieces of `columns` columns, ..)."""
+            unit = TILE if dim == ROWS else columns
+            piece = slice(part.start // unit, part.stop // unit)
+            return (x[piece] if dim == ROWS else x[:, piece]).clone()
+
+        sizes = [self.out_features, self.in_features]
+        sizes[dim] = size
+        with torch.device("meta"):
+            new = QuantizedLinear(*sizes, self.group)
+        new.qweight = take(self.qweight, 32 // self.bits)
+        new.scale = self.scale.clone() if dim == COLUMNS else take(self.scale, 1)
+        new.group_params = None if self.group_params is None else take(self.group_params, self.group)
+        new.bias = slice_bias(self.bias, dim, part)
+        return new
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.bits} bits, group {self.group or self.in_features}"
+        return f"{self.in_features} -> {self.out_features}, int{self.bits}, group {self.group or self.in_features}"
 
 
 class Float8Linear(nn.Module):
-    """A linear layer of 8-bit floats with a scale for each row (arXiv:2209.05433); new GPUs multiply such floats."""
+    """A linear layer in fp8 with a scale per row (arXiv:2209.05433), multiplied in fp8 by GPUs since Ada and Hopper."""
 
-    codes: Tensor  # (N, K), float8_e4m3fn
+    qweight: Tensor  # (N, K), float8_e4m3fn
     scale: Tensor  # (N, 1), fp32
     bits = 8
 
-    def __init__(self, rows: int, columns: int, bias: Tensor | None = None):
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None = None):
         super().__init__()
-        self.out_features, self.in_features = rows, columns
-        self.register_buffer("codes", torch.empty((rows, columns), dtype=torch.float8_e4m3fn))
-        self.register_buffer("scale", torch.empty((rows, 1), dtype=torch.float32))
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("qweight", torch.empty((out_features, in_features), dtype=torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.empty((out_features, 1), dtype=torch.float32))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def rows(self, index: Tensor | None = None) -> Tensor:
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """The weights in fp32, (N, K), or some of their rows."""
-        codes, scale = (
-            x if index is None else x.view(torch.uint8)[index].view(x.dtype) for x in (self.codes, self.scale)
-        )
-        return codes.float() * scale
+        q, scale = self.qweight, self.scale
+        if rows is not None:
+            q, scale = q.view(torch.uint8)[rows].view(q.dtype), scale[rows]
+        return q.float() * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        even = self.in_features % 16 == self.out_features % 16 == 0  # as the hardware wants them
-        return self.direct(x) if even and floats_multiply(x) else self.plain(x)
+        divisible = self.in_features % 16 == self.out_features % 16 == 0  # torch._scaled_mm's condition
+        return self.forward_scaled_mm(x) if divisible and has_fp8_gemm(x) else self.forward_dequantized(x)
 
-    def direct(self, x: Tensor) -> Tensor:
-        """Activations in 8-bit floats too, with a scale for each token."""
-        codes, scale = quantize_float8(x.flatten(0, -2))
-        by_row = F.ScalingType.RowWise
-        y = F.scaled_mm(codes, self.codes.t(), scale, by_row, self.scale.t(), by_row, output_dtype=x.dtype)
+    def forward_scaled_mm(self, x: Tensor) -> Tensor:
+        """fp8 GEMM, activations in fp8 too, with a scale per token."""
+        q, scale = quantize_float8(x.flatten(0, -2))
+        # not F.scaled_mm, which torch 2.11 cannot trace
+        y = torch._scaled_mm(q, self.qweight.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=x.dtype)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.type_as(y)
 
-    def plain(self, x: Tensor) -> Tensor:
+    def forward_dequantized(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.type_as(x)
-        return F.linear(x, self.rows().type_as(x), bias)
+        return F.linear(x, self.dequantize().type_as(x), bias)
+
+    def slice(self, dim: int, part: slice) -> Float8Linear:
+        qweight = self.qweight[part] if dim == ROWS else self.qweight[:, part]
+        with torch.device("meta"):
+            new = Float8Linear(*qweight.shape)
+        new.qweight = qweight.clone()
+        new.scale = (self.scale[part] if dim == ROWS else self.scale).clone()
+        new.bias = slice_bias(self.bias, dim, part)
+        return new
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, 8-bit floats"
+        return f"{self.in_features} -> {self.out_features}, fp8"
 
 
-def floats_multiply(x: Tensor) -> bool:
-    """Whether the device has products of 8-bit floats: GPUs since Ada and Hopper."""
+def has_fp8_gemm(x: Tensor) -> bool:
+    """Whether x's device multiplies fp8: GPUs since Ada and Hopper."""
     return (
         x.device.type == "cuda" and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 9)
     )
-
-
-Layer = SkinnyGemmLinear | QuantizedLinear | Float8Linear
-
-
-def product(x: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
-    """What each layer makes of x (.., K): all in one of our products where they are of one kind that has one."""
-    streamed = [layer for layer in layers if isinstance(layer, SkinnyGemmLinear)]
-    coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-    if not fits(x):
-        return [layer.plain(x) for layer in layers]
-    if len(coded) < len(layers) and (len(streamed) < len(layers) or x.numel() > MOST * x.shape[-1]):
-        return [layer.plain(x) for layer in layers]
-    y = torch.ops.oneblock_rows.linear(x.contiguous(), *held(coded or streamed)).view(*x.shape[:-1], -1)
-    return y.split([layer.out_features for layer in layers], -1) if len(layers) > 1 else (y,)
-
-
-def held(layers: Sequence[QuantizedLinear | SkinnyGemmLinear]) -> tuple[list[Any], ...]:
-    """Layers of one kind as our operators take them: weights or codes, scales, groups, biases, rows, blocks."""
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    rows = [layer.out_features for layer in layers]
-    coded = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
-    if not coded:
-        return [layer.weight for layer in layers], [], [], biases, rows, []
-    groups = [layer.groups for layer in coded if layer.groups is not None]
-    codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
-    return codes, scales, groups, biases, rows, [layer.block for layer in coded]

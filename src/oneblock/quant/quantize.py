@@ -1,217 +1,141 @@
-"""A model's matrices in 8 or 4 bits: made from a finished model, saved as a folder, loaded again."""
+"""Quantizing a finished model, in place: which matrices, in which format, and which stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from oneblock.errors import OneblockError
+from oneblock.kernels.substitution import replace_module
 from oneblock.model import Decoder
-from oneblock.model.mlp import Experts, activate
+from oneblock.model.mlp import Experts
 from oneblock.quant.formats import quantize_float8, quantize_int4, quantize_int8
 from oneblock.quant.linear import Float8Linear, QuantizedLinear
-from oneblock.store.config import QUANTIZED, read_config, write_config
-from oneblock.store.load import SINGLE, Checkpoint, as_dtype, build_on_meta, put, read_generation_config
-from oneblock.store.save import write_config_files, write_tensors
+from oneblock.quant.modules import QuantizedEmbedding, QuantizedExperts, QuantizedLayer
 
-EXACT = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
+ROUTING = ("router", "shared_gate")  # small, and a wrong choice of expert costs more than their bytes
+INT8_COLUMNS = 16  # in_features of int8 and fp8 layers are a multiple of this
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How many; and of 4 bits, of how many columns each group is that has a range of its own."""
+    """A weight format. `group`: columns that share int4 parameters."""
 
     bits: int = 8
     group: int = 64
-    fp8: bool = False  # 8 bits as floats, not as whole numbers
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.fp8 and self.bits != 8:
-            raise OneblockError(f"floats in {self.bits} bits: there are only those of 8")
+            raise OneblockError(f"fp8 with {self.bits} bits: fp8 has 8 bits; leave out --bits or --fp8")
         if self.bits not in (8, 4):
             raise OneblockError(f"weights in {self.bits} bits: choose 8 or 4")
         if self.bits == 4 and self.group not in (32, 64, 128):
-            raise OneblockError(f"groups of {self.group}: choose 32, 64 or 128")
+            raise OneblockError(f"int4 groups of {self.group} columns: choose 32, 64 or 128")
+
+    def __str__(self) -> str:
+        return "fp8" if self.fp8 else "int8" if self.bits == 8 else f"int4, group {self.group}"
+
+    @property
+    def divisor(self) -> int:
+        """The number that in_features of a matrix must be a multiple of."""
+        return self.group if self.bits == 4 else INT8_COLUMNS
 
 
-Codes = QuantizedLinear | Float8Linear
-Fill = Callable[[str, Codes, Tensor], None]  # give a coded layer of this name the codes of these weights (N, K)
+SetWeight = Callable[[str, QuantizedLayer, Tensor], None]  # quantize the weights (N, K) of this name into this layer
 
 
-def nearest(name: str, layer: Codes, weight: Tensor) -> None:
-    """Each number to the nearest code."""
+def round_to_nearest(name: str, layer: QuantizedLayer, weight: Tensor) -> None:
+    """Round each weight to the nearest quantized value."""
     if isinstance(layer, Float8Linear):
-        layer.codes, layer.scale = quantize_float8(weight)
+        layer.qweight, layer.scale = quantize_float8(weight)
     elif layer.group:
-        layer.fill(*quantize_int4(weight, layer.group))
+        layer.set_weight(*quantize_int4(weight, layer.group))
     else:
-        layer.fill(*quantize_int8(weight))
+        layer.set_weight(*quantize_int8(weight))
 
 
-class QuantizedEmbedding(nn.Module):
-    """Rows of the output matrix as input embeddings, where the two are one."""
-
-    def __init__(self, head: Codes, like: Tensor):
-        super().__init__()
-        self.head, self.dtype = [head], like.dtype  # in a list: it is not a module of this one's own
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head[0].rows(ids.flatten()).view(*ids.shape, -1).to(self.dtype)
+def quantize(model: Decoder, config: QuantConfig) -> Decoder:
+    """Quantize the blocks' matrices and the LM head in place; embeddings, norms, biases, routers stay as they are."""
+    check_quantizable(model, config)
+    replace_linears(model, config, round_to_nearest)
+    return tie_embedding(model)
 
 
-class QuantizedExperts(nn.Module):
-    """`Experts`, each a list of coded matrices."""
-
-    def __init__(self, experts: Experts, make: Callable[[str, Tensor, Tensor | None], Codes]):
-        super().__init__()
-        self.spec, self.n_experts = experts.spec, experts.n_experts
-
-        def each(name: str) -> nn.ModuleList | None:
-            weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias")
-            if weight is None:
-                return None
-            return nn.ModuleList(
-                make(f"{name}.{e}", w, None if bias is None else bias[e]) for e, w in enumerate(weight)
-            )
-
-        self.gate, self.up, self.down = each("gate"), each("up"), each("down")
-
-    def forward(self, x: Tensor, expert: Tensor, dropout: float = 0.0) -> Tensor:
-        """Each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""
-        assert self.up is not None
-        assert self.down is not None
-        counts = torch.bincount(expert, minlength=self.n_experts).tolist()
-        parts = []
-        for e, rows in enumerate(x.split(counts)):
-            if len(rows):
-                gate = None if self.gate is None else self.gate[e](rows)
-                h = activate(self.spec, self.up[e](rows), gate)
-                parts.append(self.down[e](F.dropout(h, dropout) if dropout else h))
-        return torch.cat(parts)
+def check_quantizable(model: Decoder, config: QuantConfig) -> None:
+    """OneblockError if the model is quantized already, or no matrix fits the format."""
+    if present := quant_config(model):
+        raise OneblockError(f"the model's weights are already {present}; quantize the original model")
+    stays = unquantized(model, config)
+    if not any(name not in stays for name, _ in matrices(model)):
+        reasons = sorted({reason for name, reason in stays.items() if not name.endswith(ROUTING)})
+        raise OneblockError(
+            f"{config} fits no matrix of the model ({'; '.join(reasons)}); use a smaller group or 8 bits"
+        )
 
 
-def quantize(model: Decoder, bits: QuantConfig) -> Decoder:
-    """In place: matrices of the blocks and the head become codes; embeddings, norms, biases and routers stay.
+def matrices(root: nn.Module) -> Iterator[tuple[str, list[int]]]:
+    """Name and in_features of every plain linear layer and every expert layer."""
+    for name, module in root.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, [module.in_features]
+        if isinstance(module, Experts):
+            yield name, [module.up.shape[-1], module.down.shape[-1]]
 
-    A matrix whose columns no group divides stays, too.
-    """
-    replace(model, bits, nearest)
-    return share_head(model)
+
+def unquantized(root: nn.Module, config: QuantConfig) -> dict[str, str]:
+    """The plain matrices that this format leaves as they are, with the reason."""
+    reasons = {}
+    for name, sizes in matrices(root):
+        odd = next((n for n in sizes if n % config.divisor), None)
+        if name.endswith(ROUTING):
+            reasons[name] = "routing stays in full precision"
+        elif odd is not None:
+            reasons[name] = f"in_features {odd} is not divisible by {config.divisor}"
+    return reasons
 
 
-def replace(root: nn.Module, bits: QuantConfig, fill: Fill) -> None:
-    """Put coded layers in the place of plain ones, one after another, so that both are never held whole."""
-    group = bits.group if bits.bits == 4 else 0
+def replace_linears(root: nn.Module, config: QuantConfig, set_weight: SetWeight) -> None:
+    """Replace plain layers by quantized ones, one at a time, so that never both forms of the whole model are held."""
+    stays = unquantized(root, config)
 
-    def coded(name: str, weight: Tensor, bias: Tensor | None) -> Codes:
+    def quantize_matrix(name: str, weight: Tensor, bias: Tensor | None) -> QuantizedLayer:
         with weight.device:
-            n, k = weight.shape
-            new = Float8Linear(n, k, bias) if bits.fp8 else QuantizedLinear(n, k, group, bias)
-        fill(name, new, weight.detach())
+            group = config.group if config.bits == 4 else 0
+            new = Float8Linear(*weight.shape, bias) if config.fp8 else QuantizedLinear(*weight.shape, group, bias)
+        set_weight(name, new, weight.detach())
         return new
 
     for name, module in list(root.named_modules()):
-        if isinstance(module, nn.Linear) and not name.endswith(EXACT) and fits(module.weight, group):
-            put(root, name, coded(name, module.weight, module.bias))
-        if isinstance(module, Experts) and fits(module.up[0], group) and fits(module.down[0], group):
-            put(root, name, QuantizedExperts(module, lambda part, w, b, of=name: coded(f"{of}.{part}", w, b)))
+        if isinstance(module, nn.Linear) and name not in stays:
+            replace_module(root, name, quantize_matrix(name, module.weight, module.bias))
+        if isinstance(module, Experts) and name not in stays:
+            experts = QuantizedExperts(module, lambda part, w, b, name=name: quantize_matrix(f"{name}.{part}", w, b))
+            replace_module(root, name, experts)
 
 
-def share_head(model: Decoder) -> Decoder:
-    """Where the output matrix is the embedding, words are read from its codes."""
-    if model.spec.tied and isinstance(model.head, Codes):
-        model.embed = cast(Any, QuantizedEmbedding(model.head, model.embed.weight))
+def tie_embedding(model: Decoder) -> Decoder:
+    """Let a tied embedding read the rows of the quantized LM head."""
+    if model.spec.tied and isinstance(model.head, QuantizedLayer):
+        replace_module(model, "embed", QuantizedEmbedding(model.head, model.embed.weight.dtype))
     return model
 
 
-def fits(weight: Tensor, group: int) -> bool:
-    return weight.shape[1] % (group or 16) == 0
-
-
-# ------------------------------------------------------------------ folders
-
-
-def quantized(config: Mapping[str, Any]) -> QuantConfig | None:
-    """What a config.json says of its folder's codes; None where its weights are plain."""
-    found = config.get("quantization_config") or {}
-    if found.get("quant_method") != QUANTIZED:
-        return None
-    return QuantConfig(found.get("bits", 8), found.get("group", 64), found.get("fp8", False))
-
-
-def bits_of(model: Decoder) -> QuantConfig | None:
-    """How a model's matrices are held; None: plain."""
-    found = next((m for m in model.modules() if isinstance(m, Codes)), None)
-    if isinstance(found, Float8Linear):
+def quant_config(model: nn.Module) -> QuantConfig | None:
+    """The format of a model's quantized matrices; None if there are none."""
+    layer = next((m for m in model.modules() if isinstance(m, QuantizedLayer)), None)
+    if isinstance(layer, Float8Linear):
         return QuantConfig(fp8=True)
-    return None if found is None else QuantConfig(found.bits, found.group or 64)
+    return None if layer is None else QuantConfig(layer.bits, layer.group or 64)
 
 
-def write_quantized(
-    folder: Path,
-    model: Decoder,
-    bits: QuantConfig,
-    config: Mapping[str, Any] | None = None,
-    generation: dict[str, Any] | None = None,
-) -> None:
-    """The settings; and the weights, codes and scales under the model's own names."""
-    write_tensors(folder / SINGLE, {name: x.contiguous() for name, x in tensors(model)}, {"format": "oneblock"})
-    said = {"quantization_config": {"quant_method": QUANTIZED, **asdict(bits)}}
-    write_config_files(folder, model, {**(config or write_config(model.spec)), **said}, generation)
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and quantized weights, a tied matrix counted once."""
+    return sum(x.nbytes for x in weights(model).values())
 
 
-def weight_bytes(model: Decoder) -> int:
-    """What its weights, codes and scales take."""
-    return sum(x.nbytes for _, x in tensors(model))
-
-
-def tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and codes, a tied matrix once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def load_quantized(
-    folder: Path, bits: QuantConfig, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> Checkpoint:
-    """The model of a folder that `write_quantized` made. OneblockError names what is missing, or of another size."""
-    spec, config = read_config(folder)
-    model, path = build_on_meta(spec), folder / SINGLE
-    wanted = as_dtype(dtype) if dtype else None
-    with torch.device("meta"):
-        replace(model, bits, lambda name, coded, weight: None)
-    share_head(model)
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            fill(model, path, {name: file.get_tensor(name) for name in file.keys()}, wanted)  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise OneblockError(f"{path}: {str(e).splitlines()[0]}; quantize the model again") from None
-    if isinstance(model.embed, QuantizedEmbedding):
-        model.embed.dtype = model.dtype
-    return Checkpoint(model, spec, config, read_generation_config(folder))
-
-
-def fill(model: Decoder, path: Path, stored: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    wanted = dict(tensors(model))
-    strange = wanted.keys() ^ stored.keys()
-    if strange:
-        name = min(strange)
-        said = "is missing" if name in wanted else "has no place in this model"
-        raise OneblockError(f"{path}: tensor {name!r} {said}: quantize the model again")
-    for name, like in wanted.items():
-        x = stored[name]
-        if x.shape != like.shape:
-            said = f"has shape {list(x.shape)}, not {list(like.shape)}"
-            raise OneblockError(f"{path}: tensor {name!r} {said}: quantize the model again")
-        if x.dtype != like.dtype and not isinstance(like, nn.Parameter):
-            raise OneblockError(f"{path}: tensor {name!r} is {x.dtype}, not {like.dtype}: quantize the model again")
-        if isinstance(like, nn.Parameter):
-            x = nn.Parameter(x.to(dtype) if dtype else x, requires_grad=False)
-        put(model, name, x)
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and quantized tensors by name, a tied matrix once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

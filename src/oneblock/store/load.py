@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from oneblock.errors import OneblockError
+from oneblock.kernels.substitution import set_tensor
 from oneblock.model import Decoder
 from oneblock.spec import Spec
 from oneblock.store.config import family_of, read_config, read_json
@@ -293,7 +294,7 @@ def fill_model(
     if copies:
         _copy_all(copies, tensors)
     for name, tensor in tensors.items():
-        put(model, name, nn.Parameter(tensor))
+        set_tensor(model, name, nn.Parameter(tensor))
     model.tie()
 
 
@@ -306,9 +307,3 @@ def _copy_all(copies: list[tuple[TensorInfo, DiskTensor]], tensors: dict[str, Te
             list(workers.map(lambda copy: copy_in(copy[0], copy[1], tensors), copies))  # raises what a thread raised
     finally:
         torch.set_num_threads(before)  # part of the setting is global to the process
-
-
-def put(root: nn.Module, name: str, new: nn.Module | Tensor) -> None:
-    """In the place of the module, parameter or buffer of this name."""
-    owner, _, key = name.rpartition(".")
-    setattr(root.get_submodule(owner), key, new)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from oneblock.errors import OneblockError, missing_extra
-from oneblock.kernels.compiler import compiler_found, keep_compiled
+from oneblock.kernels.build import has_compiler, use_compile_cache
 from oneblock.model import Decoder, Dropout
 from oneblock.model.mlp import Moe
 from oneblock.parallel.world import World
@@ -34,7 +34,7 @@ def learner_for(
         use_fp8(model)
     recompute(model, loop.activation_checkpointing)
     if loop.compile == "on":
-        keep_compiled()
+        use_compile_cache()
         for block in model.blocks:
             block.compile()
     experts = any(isinstance(m, Moe) for m in model.modules())
@@ -53,7 +53,7 @@ def compiles(spec: Spec, loop: Loop, context: int) -> bool:
     device = use_device(loop.device)
     if device.type == "cuda":
         return True
-    if device.type != "cpu" or not compiler_found():
+    if device.type != "cpu" or not has_compiler():
         return False
     if loop.seconds is not None:
         return loop.seconds > 2 * PAYS

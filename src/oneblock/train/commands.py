@@ -31,7 +31,7 @@ def train(options: Train, typed: Collection[str] | None = None) -> None:
 
     `typed` are the names of the fields that the user set. Default: those that differ from their default values.
     """
-    from oneblock.kernels.heap import reuse_memory
+    from oneblock.kernels.huge_pages import reuse_memory
     from oneblock.parallel.world import init_world
 
     loop = (options if options.resume is None else resumed_options(options, typed)).loop
