@@ -36,7 +36,7 @@ def check_limit(size: str, value: Any, name: str | None = None) -> None:
     """OneblockError where a size is not an integer between 1 and its limit. `name`: what the error calls it."""
     limit = LIMITS[size]
     if type(value) is not int or not 1 <= value <= limit:
-        shown = f"{value:,}" if type(value) is int and abs(value) < 1 << 64 else f"{value!s:.30}"
+        shown = repr(value)[:40] if type(value) is not int else f"{value:,}" if abs(value) < 1 << 64 else "above 2^64"
         raise OneblockError(f"{name or size} is {shown}, not an integer from 1 to {limit:,}; fix it")
 
 

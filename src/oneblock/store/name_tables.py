@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from oneblock.spec import Spec
 
@@ -36,14 +36,21 @@ def rule(
 Table = Mapping[str, str | TensorRule]  # disk module or tensor -> ours; {n} is the layer, {e} the expert
 
 
+class Config(Protocol):
+    """The configuration of a class, both ways."""
+
+    def read(self, raw: dict[str, Any]) -> Spec: ...
+
+    def write(self, spec: Spec) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Family:
     """A Hugging Face class: its configuration both ways, and its tensor names."""
 
     model_types: tuple[str, ...]  # the model_type values it reads; it writes the first
     architecture: str
-    read: Callable[[dict[str, Any]], Spec]
-    write: Callable[[Spec], dict[str, Any]]
+    config: Config
     tables: tuple[Table, ...]  # the present names, then older or other ones
     prefix: str = "model."  # absent in the files of a model without its LM head
     buffers: tuple[str, ...] = ()  # suffixes of stored tensors that are not weights

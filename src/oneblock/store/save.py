@@ -86,7 +86,7 @@ def write_model(
         model, layout = model.model, layout or model.layout
     config = write_config(model.spec) if config is None else config
     family = family_of(config)
-    if family.read(config) != model.spec:
+    if family.config.read(config) != model.spec:
         raise OneblockError(
             f"{folder.name}: the configuration describes another model; save without one to generate it from the spec"
         )

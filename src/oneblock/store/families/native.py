@@ -8,6 +8,7 @@ from typing import Any
 from oneblock import spec as parts
 from oneblock.errors import OneblockError
 from oneblock.spec import Spec
+from oneblock.spec.build import check_spec
 from oneblock.store.name_tables import Family, prefix_names
 
 CLASSES: dict[str, Any] = {
@@ -15,23 +16,24 @@ CLASSES: dict[str, Any] = {
 }
 
 
-def write_native(spec: Spec) -> dict[str, Any]:
-    return {"spec": _written(spec)}
+class SpecConfig:
+    """{"part": class, field: value ..}, with lists for tuples."""
+
+    def read(self, raw: dict[str, Any]) -> Spec:
+        spec = _read(raw.get("spec"))
+        if not isinstance(spec, Spec):
+            raise OneblockError("its spec is not that of a model; get the folder again")
+        return check_spec(spec)
+
+    def write(self, spec: Spec) -> dict[str, Any]:
+        return {"spec": _write(spec)}
 
 
-def read_native(raw: dict[str, Any]) -> Spec:
-    spec = _read(raw.get("spec"))
-    if not isinstance(spec, Spec):
-        raise OneblockError("its spec is not that of a model; get the folder again")
-    return spec
-
-
-def _written(value: Any) -> Any:
-    """{"part": class, field: value ..}, lists for tuples."""
+def _write(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        fields = {f.name: _written(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _write(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"part": type(value).__name__, **fields}
-    return [_written(x) for x in value] if isinstance(value, tuple) else value
+    return [_write(x) for x in value] if isinstance(value, tuple) else value
 
 
 def _read(value: Any) -> Any:
@@ -50,6 +52,6 @@ MODULES += ("attn_out", "mlp_in", "mlp_out", "attn_gate", "mlp_gate", "mlp.gate"
 MODULES += tuple(f"mlp.experts.{x}" for x in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"))
 MODULES += ("mlp.shared.gate", "mlp.shared.up", "mlp.shared.down", "mlp.shared_gate")
 NAMES = {x: x for x in ("embed", "positions", "norm", "head")}
-NAMES |= {key: str(ours) for key, ours in prefix_names("blocks.{n}.", {x: x for x in MODULES}).items()}
+NAMES |= prefix_names("blocks.{n}.", {x: x for x in MODULES})
 
-FAMILIES = (Family(("oneblock",), "Decoder", read_native, write_native, (NAMES,), prefix=""),)
+FAMILIES = (Family(("oneblock",), "Decoder", SpecConfig(), (NAMES,), prefix=""),)

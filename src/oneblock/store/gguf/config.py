@@ -11,7 +11,7 @@ from torch import Tensor
 from oneblock.errors import OneblockError
 from oneblock.spec import Spec
 from oneblock.store.config import family_of, write_config
-from oneblock.store.families.fields import sliding_kinds
+from oneblock.store.families.fields import layer_types
 from oneblock.store.gguf import rope
 from oneblock.store.gguf.architectures import ARCHITECTURES, COUNT, EXPERTS, WRITTEN_AS, Architecture
 from oneblock.store.gguf.metadata import Metadata, shorten
@@ -122,8 +122,8 @@ def _matching_classes(spec: Spec, first: str | None) -> Iterator[tuple[Family, R
     for model_type in sorted(WRITTEN_AS, key=lambda model_type: model_type != first):
         family = family_of({"model_type": model_type})
         try:
-            config = family.write(spec)
-            if family.read(config) == spec:
+            config = family.config.write(spec)
+            if family.config.read(config) == spec:
                 yield family, config
         except (OneblockError, TypeError, ValueError, KeyError, AttributeError, StopIteration):
             continue  # the class lacks a part that the model has
@@ -148,7 +148,7 @@ def _write_as(spec: Spec, family: Family, config: Raw) -> tuple[Raw, dict[str, T
 
 def _write_pattern(spec: Spec, default: int) -> Raw:
     """The distance of the full-attention layers if it is not llama.cpp's default."""
-    kinds = sliding_kinds(spec)
+    kinds = layer_types(spec)
     every = kinds.index(FULL) + 1 if FULL in kinds else spec.n_layers + 1
     is_default = all((kind == FULL) == ((i + 1) % default == 0) for i, kind in enumerate(kinds))
     return {} if is_default else {"attention.sliding_window_pattern": every}
@@ -163,10 +163,10 @@ def _check_round_trip(spec: Spec, config: Raw, metadata: Raw, rope_divisors: dic
     shapes |= {"blk.0.ffn_up_exps.weight": (metadata.get(f"{name}.{COUNT}", 0),)}
     raw = read_config(metadata, shapes, rope_divisors)
     family = family_of(raw)
-    spec_again = family.read(raw)
+    spec_again = family.config.read(raw)
     if spec_again == spec:
         return
-    again = family.write(spec_again)
+    again = family.config.write(spec_again)
     key = next((key for key in config if config[key] != again.get(key)), "a part of it")
     raise OneblockError(
         f"architecture {name!r} of GGUF cannot express {key} {str(config.get(key))[:60]}; this model cannot be exported"

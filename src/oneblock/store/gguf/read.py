@@ -65,7 +65,7 @@ def _read_spec(header: Header) -> tuple[Spec, dict[str, Any]]:
     try:
         config = read_config(header.metadata, shapes, _read_rope_divisors(header))
         _check_depth(shapes, config)
-        return family_of(config).read(config), config
+        return family_of(config).config.read(config), config
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:100]
         raise OneblockError(f"has metadata that describes no model ({reason}); {DOWNLOAD_AGAIN}") from error
