@@ -58,8 +58,7 @@ def read_tokenizer(path: Path) -> tuple[Backend, dict[str, Any], str | None, str
     special_map = _read_json(folder / "special_tokens_map.json")  # older folders have it beside the config
     config |= {role: special_map[role] for role in ROLES if config.get(role) is None and special_map.get(role)}
     backend = _read_backend(file, config)
-    _add_special_tokens(backend, config)
-    _set_post_processor(backend, config)
+    apply_config(backend, config)
     return backend, config, *_read_templates(folder, config), _read_eos_ids(folder)
 
 
@@ -71,7 +70,8 @@ def _read_backend(file: Path, config: dict[str, Any]) -> Backend:
         return _read_vocab_and_merges(file, config)
     if _is_rank_file(file):
         return _read_ranks(file, config)
-    backend, model = sentencepiece.from_sentencepiece(file, _special_names(config))
+    model = sentencepiece.read_model(file)
+    backend = sentencepiece.build_sentencepiece(model, special_names(config))
     ids = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unk_id}
     tokens = {role: model.pieces[id][0] for role, id in ids.items() if 0 <= id < len(model.pieces)}
     _set_defaults(config, **tokens, add_bos_token="bos_token" in tokens, add_eos_token=False)
@@ -124,12 +124,18 @@ def _added_tokens(config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return dict(sorted(valid, key=lambda item: item[0]))
 
 
-def _special_names(config: dict[str, Any]) -> list[str]:
+def special_names(config: dict[str, Any]) -> list[str]:
     """Every token that the config calls special."""
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     names = [entry["content"] for entry in _added_tokens(config).values() if entry.get("special")]
     names += [read_token(config, role) for role in ROLES] + (more if isinstance(more, list) else [])
     return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
+
+
+def apply_config(backend: Backend, config: dict[str, Any]) -> None:
+    """Add the special tokens and the beginning- and end-of-text rule of a tokenizer_config.json to the backend."""
+    _add_special_tokens(backend, config)
+    _set_post_processor(backend, config)
 
 
 def _add_special_tokens(backend: Backend, config: dict[str, Any]) -> None:
@@ -140,7 +146,7 @@ def _add_special_tokens(backend: Backend, config: dict[str, Any]) -> None:
         for entry in _added_tokens(config).values()
     ]
     known = {t.content for t in (*tokens, *backend.get_added_tokens_decoder().values()) if t.special}
-    new = [name for name in _special_names(config) if name not in known]
+    new = [name for name in special_names(config) if name not in known]
     tokens += [AddedToken(name, normalized=False, special=True) for name in new]
     backend.add_tokens(tokens)  # in id order
     backend.add_special_tokens([t for t in tokens if t.special])

@@ -34,12 +34,11 @@ class Model:
     squeeze: bool = True  # repeated spaces become one, and those at both ends are removed
 
 
-def from_sentencepiece(path: Path, special: Collection[str] = ()) -> tuple[Tokenizer, Model]:
-    """Read a file. `special`: pieces that the folder's config calls control tokens, whatever their type."""
-    model = read_model(path)
+def build_sentencepiece(model: Model, special: Collection[str] = ()) -> Tokenizer:
+    """The backend of a BPE or unigram model. `special`: pieces that are control tokens, whatever their type."""
     control = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN) or text in special]
     defined = [text for text, _, kind in model.pieces if kind == USER_DEFINED and text not in special]
-    tokenizer = Tokenizer(_build_model(path, model, ignore_merges=bool(defined)))
+    tokenizer = Tokenizer(_build_model(model, ignore_merges=bool(defined)))
     tokenizer.normalizer = normalizers.Sequence(_normalizers(model))
     splits: list[Any] = []
     if defined:  # as added tokens they would restart the text, and get the space prefix
@@ -49,16 +48,14 @@ def from_sentencepiece(path: Path, special: Collection[str] = ()) -> tuple[Token
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits) if splits else None
     tokenizer.decoder = decoders.Sequence(_decoders(model))
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in control])
-    return tokenizer, model
+    return tokenizer
 
 
-def _build_model(path: Path, model: Model, ignore_merges: bool) -> Any:
+def _build_model(model: Model, ignore_merges: bool) -> Any:
     """`ignore_merges`: a pre-token that is a piece becomes it, even where merges do not lead there."""
     fallback = any(kind == BYTE for _, _, kind in model.pieces)
     if model.kind == UNIGRAM:
         return models.Unigram([(text, score) for text, score, _ in model.pieces], model.unk_id, fallback)
-    if model.kind != BPE:
-        raise OneblockError(f"{path} is a SentencePiece word or character model: only BPE and unigram are supported")
     vocab = {text: i for i, (text, _, _) in enumerate(model.pieces)}
     unk = model.pieces[model.unk_id][0]
     merges = merges_of(model, vocab)
@@ -124,6 +121,8 @@ def read_model(path: Path) -> Model:
         model.pieces.clear()
     if not 0 <= model.unk_id < len(model.pieces):
         raise OneblockError(f"{path} is not a SentencePiece model: get the file again")
+    if model.kind not in (UNIGRAM, BPE):
+        raise OneblockError(f"{path} is a SentencePiece word or character model: only BPE and unigram are supported")
     return model
 
 

@@ -1,13 +1,9 @@
-"""A GGUF file's vocabulary to a Tokenizer: written as the files of a Hugging Face folder, then loaded from it."""
+"""A GGUF file's vocabulary to a Tokenizer: byte-level BPE, or SentencePiece pieces with scores."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -17,13 +13,24 @@ from oneblock.errors import OneblockError
 from oneblock.store.gguf.metadata import shorten
 from oneblock.text import Tokenizer
 from oneblock.text.bytepairs import CL100K, LLAMA3, O200K, QWEN2
-from oneblock.text.formats import TOOL_TEMPLATE
-from oneblock.text.sentencepiece import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from oneblock.text.formats import apply_config, special_names
+from oneblock.text.sentencepiece import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    build_sentencepiece,
+)
+from oneblock.text.sentencepiece import Model as SentencePiece
 
 Values = Mapping[str, Any]
 GGML = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # unless the file says otherwise
 EOS_ROLES = ("eos", "eot", "eom")
 NONE = (None, "none", "no_vocab")
 MAX_TOKEN = 1024  # letters: merges are found by trying every split of a token
@@ -65,14 +72,18 @@ def read_tokenizer(metadata: Values, rows: int) -> Tokenizer | None:
     if model not in ("llama", "gpt2"):
         raise OneblockError(f"its tokenizer is of the kind {shorten(model)}; supported are llama, gpt2 and none")
     tokens, kinds = _read_tokens(metadata, rows)
-    with TemporaryDirectory() as folder:
-        try:
-            (_write_sentencepiece if model == "llama" else _write_bpe)(Path(folder), metadata, tokens, kinds)
-            _write_settings(Path(folder), metadata, tokens)
-            return Tokenizer.load(folder)
-        except Exception as error:  # the library raises nothing narrower
-            reason = " ".join(str(error).replace(f"{folder}/", "").split())[:200]
-            raise OneblockError(f"its tokenizer cannot be used ({reason})") from error
+    templates = [metadata.get(key) for key in (TEMPLATE, f"{TEMPLATE}.tool_use")]
+    chat_template, tool_template = (text if isinstance(text, str) else None for text in templates)
+    try:
+        config = _read_config(metadata, tokens)
+        if model == "llama":
+            backend = _build_sentencepiece(metadata, tokens, kinds, config)
+        else:
+            backend = _build_bpe(metadata, tokens, kinds)
+        apply_config(backend, config)
+        return Tokenizer(backend, config, chat_template or tool_template, tool_template, eos_ids(metadata) or ())
+    except Exception as error:  # the library raises nothing narrower
+        raise OneblockError(f"its tokenizer cannot be used ({' '.join(str(error).split())[:200]})") from error
 
 
 def eos_ids(metadata: Values) -> list[int] | None:
@@ -105,49 +116,35 @@ def _read_numbers(metadata: Values, key: str, count: int) -> list[Any]:
     return numbers.tolist()
 
 
-# ------------------------------------------------------------------ SentencePiece: tokens with scores
+def _read_config(metadata: Values, tokens: list[str]) -> dict[str, Any]:
+    """The tokenizer_config.json: the roles of tokens, and which of them are added to a text."""
+    is_sentencepiece = metadata[GGML + "model"] == "llama"
+    config: dict[str, Any] = {}
+    for role, name in ROLES.items():
+        id = metadata.get(f"{GGML}{name}_token_id", SENTENCEPIECE_IDS.get(role) if is_sentencepiece else None)
+        if type(id) is int and 0 <= id < len(tokens):
+            config[f"{role}_token"] = tokens[id]
+    add_bos = is_sentencepiece or metadata.get(GGML + "pre") in ("llama-bpe", "llama3", "llama-v3")
+    config["add_bos_token"] = bool(metadata.get(GGML + "add_bos_token", add_bos)) and "bos_token" in config
+    config["add_eos_token"] = bool(metadata.get(GGML + "add_eos_token", False)) and "eos_token" in config
+    return config
 
 
-def _write_sentencepiece(folder: Path, metadata: Values, tokens: list[str], kinds: list[int]) -> None:
-    """Write tokenizer.model; field numbers are those of sentencepiece_model.proto."""
+def _build_sentencepiece(metadata: Values, tokens: list[str], kinds: list[int], config: dict[str, Any]) -> Backend:
     scores = _read_numbers(metadata, "scores", len(metadata[GGML + "tokens"]))[: len(tokens)] or [0.0] * len(tokens)
-    unk = metadata.get(GGML + "unknown_token_id", 0)
-    data = b"".join(_field(1, _piece(*piece)) for piece in zip(tokens, scores, kinds, strict=True))
-    trainer = [_varint(3, BPE), _varint(40, unk if type(unk) is int else 0)]
-    for number, role in ((41, "bos"), (42, "eos")):
-        id = metadata.get(f"{GGML}{role}_token_id", number - 40)
-        trainer.append(_varint(number, id if type(id) is int and id < len(tokens) else len(tokens)))
-    prefix, squeeze = metadata.get(GGML + "add_space_prefix", True), metadata.get(GGML + "remove_extra_whitespaces")
-    normalizer = _varint(3, int(bool(prefix))) + _varint(4, int(bool(squeeze)))
-    (folder / "tokenizer.model").write_bytes(data + _field(2, b"".join(trainer)) + _field(3, normalizer))
+    unk = metadata.get(GGML + "unknown_token_id")
+    model = SentencePiece(
+        pieces=list(zip(tokens, scores, kinds, strict=True)),
+        kind=BPE,
+        unk_id=unk if type(unk) is int else 0,
+        add_prefix=bool(metadata.get(GGML + "add_space_prefix", True)),
+        squeeze=bool(metadata.get(GGML + "remove_extra_whitespaces")),
+    )
+    return build_sentencepiece(model, special_names(config))
 
 
-def _piece(text: str, score: float, kind: int) -> bytes:
-    return _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _varint(3, kind)
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _encode_varint(number << 3 | 2) + _encode_varint(len(data)) + data
-
-
-def _varint(number: int, value: int) -> bytes:
-    return _encode_varint(number << 3) + _encode_varint(value)
-
-
-def _encode_varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first; the last byte has no top bit."""
-    value, data = value & (1 << 64) - 1, bytearray()
-    while value > 127:
-        data.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*data, value])
-
-
-# ------------------------------------------------------------------ byte-level BPE: tokens with merges
-
-
-def _write_bpe(folder: Path, metadata: Values, tokens: list[str], kinds: list[int]) -> None:
-    """Write tokenizer.json with the named pre-tokenizer."""
+def _build_bpe(metadata: Values, tokens: list[str], kinds: list[int]) -> Backend:
+    """Byte-level BPE with the named pre-tokenizer."""
     name = metadata.get(GGML + "pre", "default")
     pre = PRE_TOKENIZERS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if pre is None:
@@ -161,7 +158,7 @@ def _write_bpe(folder: Path, metadata: Values, tokens: list[str], kinds: list[in
     backend.decoder = decoders.ByteLevel()
     added = [(text, kind) for text, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
     backend.add_tokens([AddedToken(text, normalized=False, special=kind != USER_DEFINED) for text, kind in added])
-    backend.save(str(folder / "tokenizer.json"))
+    return backend
 
 
 def build_pre_tokenizer(pre: PreTokenizer) -> Any:
@@ -174,24 +171,3 @@ def _split_merge(merge: Any) -> tuple[str, str]:
     if not (left and space and right):
         raise OneblockError(f"the merge {str(merge)[:40]!r} is not a pair of tokens")
     return left, right
-
-
-# ------------------------------------------------------------------ both
-
-
-def _write_settings(folder: Path, metadata: Values, tokens: list[str]) -> None:
-    """Write the roles of tokens, which of them are added to a text, and the chat templates."""
-    config: dict[str, Any] = {}
-    for role, name in ROLES.items():
-        id = metadata.get(f"{GGML}{name}_token_id")
-        if type(id) is int and 0 <= id < len(tokens):
-            config[f"{role}_token"] = tokens[id]
-    llama = metadata[GGML + "model"] == "llama" or metadata.get(GGML + "pre") in ("llama-bpe", "llama3", "llama-v3")
-    config["add_bos_token"] = bool(metadata.get(GGML + "add_bos_token", llama)) and "bos_token" in config
-    config["add_eos_token"] = bool(metadata.get(GGML + "add_eos_token", False)) and "eos_token" in config
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_ids(metadata)}), "utf-8")
-    for key, file in ((TEMPLATE, "chat_template.jinja"), (f"{TEMPLATE}.tool_use", TOOL_TEMPLATE)):
-        if isinstance(metadata.get(key), str):
-            (folder / file).parent.mkdir(exist_ok=True)
-            (folder / file).write_text(metadata[key], "utf-8", newline="")
