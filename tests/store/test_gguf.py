@@ -387,13 +387,22 @@ def test_a_trained_llama_writes_the_same(
 def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = str(data / "weights/stories260k"), tmp_path / "new" / "stories.gguf"
     assert main(["export", folder, str(out), "--type", "q8_0"]) == 0
-    assert "stories.gguf: 0.3 MB" in capsys.readouterr().out
+    assert "stories.gguf: 345 kB" in capsys.readouterr().out
     assert main(["export", str(out), str(tmp_path / "again.gguf"), "--type", "f16", "--no-tokenizer"]) == 0
     assert load_gguf(tmp_path / "again.gguf")[1] is None
     assert main(["generate", str(out), "--prompt", "Once", "--max-tokens", "5"]) == 0
     capsys.readouterr()
     assert main(["export", folder, str(tmp_path)]) == 1
     assert "is a folder; name the file" in capsys.readouterr().err
+    before = out.read_bytes()
+    (tmp_path / "link.gguf").symlink_to(out)
+    for source, target, problem in (
+        (out, tmp_path / "link.gguf", "is the input, which would be overwritten"),
+        (folder, tmp_path / "model.safetensors", "end it in .gguf"),
+    ):
+        assert main(["export", str(source), str(target)]) == 1
+        assert problem in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 # ------------------------------------------------------------------ llama.cpp itself

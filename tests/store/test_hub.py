@@ -160,14 +160,14 @@ def test_the_token_is_sent(hub: Hub, tmp_path: Path) -> None:
     assert "Bearer secret" in hub.tokens
     status, message = ask("tiny/private", tmp_path / "other", hub.address)
     assert status == 1
-    assert message == "tiny/private: needs its licence accepted on its page, and your token in HF_TOKEN"
+    assert message == "tiny/private: is gated; accept its licence on its page, and set HF_TOKEN"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny/llama@v3", "tiny/llama@v3: has no such revision"),
-        ("tiny/nothing", "tiny/nothing: no such folder here, and no such model on the hub"),
+        ("tiny/llama@v3", "tiny/llama@v3: the revision does not exist"),
+        ("tiny/nothing", "tiny/nothing: no such local folder, and no such model on the hub"),
     ],
 )
 def test_names_that_are_not_there(name: str, message: str, hub: Hub, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_names_that_are_not_there(name: str, message: str, hub: Hub, tmp_path: P
 def test_a_hub_that_cannot_be_reached(offline: str, tmp_path: Path) -> None:
     status, output = ask("tiny/llama", tmp_path, "http://127.0.0.1:1", HF_HUB_OFFLINE=offline)
     assert status == 1
-    assert output.startswith("tiny/llama: no such folder here, not in the cache, and the hub cannot be reached")
+    assert output.startswith("tiny/llama: no such local folder, not in the cache, and the hub cannot be reached")
     assert "\n" not in output
 
 
@@ -192,9 +192,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("~") == tmp_path
     for name in ("/no/where", "./nowhere", "../a/b", "nowhere", "a/b/c", "~/nowhere", "model.safetensors", "a/.b", ""):
         if name:
-            with pytest.raises(
-                OneblockError, match="no such folder; give a model's folder, or its org/name on the hub"
-            ):
+            with pytest.raises(OneblockError, match="no such folder; give a model folder, or an org/name on the hub"):
                 resolve(name)
     with pytest.raises(OneblockError, match="no such folder"):
         resolve(tmp_path / "org")

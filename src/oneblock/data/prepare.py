@@ -187,5 +187,5 @@ def finish(writers: list[ShardWriter], tokenizer: Tokenizer, out: Path) -> None:
         names += [f"{TOKENIZER}/{path.name}" for path in sorted((out / TOKENIZER).iterdir())]
         vocab = tokenizer.vocab_size
         about = {"dtype": id_dtype(vocab), "vocab": vocab, "tokens": writer.tokens, "documents": writer.documents}
-        sums = manifest.sums_of(writer.folder, names)
+        sums = manifest.hash_files(writer.folder, names)
         manifest.write(writer.folder, sums, **about, tokenizer=fingerprint(writer.folder))

@@ -75,7 +75,7 @@ def read_shard_folder(folder: Path) -> ShardFolder:
 
 def fingerprint(folder: Path) -> str:
     """The first digits of the sha256 of the tokenizer in a folder of shards."""
-    return str(manifest.sum_of(folder / TOKENIZER / "tokenizer.json")["sha256"])[:16]
+    return str(manifest.hash_file(folder / TOKENIZER / "tokenizer.json")["sha256"])[:16]
 
 
 def read_shard_folders(folders: Sequence[Path]) -> tuple[list[ShardFolder], Tokenizer]:

@@ -1,4 +1,4 @@
-"""Model folders: Hugging Face configurations and safetensors to and from our models. Nothing is imported until used."""
+"""Checkpoints: Hugging Face folders and GGUF files to and from our models. Modules are imported when first used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "load_model", "read_config", "replace_model_folder", "resolve", "save_model", "write_config"]
 
-_HOMES = {
+_MODULES = {
     "Checkpoint": "load",
     "load_model": "load",
     "read_config": "config",
@@ -25,6 +25,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

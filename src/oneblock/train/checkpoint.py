@@ -138,12 +138,12 @@ class Saver:
             self.tokenizer.save(new)
             (new / PROGRESS).write_text(json.dumps(asdict(progress), indent=1) + "\n")
             mine += [path.name for path in new.iterdir() if not is_shared(path) and path.name not in mine]
-        sums = manifest.sums_of(new, sorted(mine))
+        sums = manifest.hash_files(new, sorted(mine))
         (new / f"{self.rank}.sums").write_text(json.dumps(sums))
 
     def _finish(self, new: Path, folder: Path) -> None:
         """Rank 0, when all have written: the manifest, the folder in its place, `latest`, and what may go."""
-        sums: manifest.Sums = {}
+        sums: manifest.Checksums = {}
         for path in new.glob("*.sums"):
             sums |= json.loads(path.read_text())
             path.unlink()

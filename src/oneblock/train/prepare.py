@@ -158,7 +158,7 @@ def load_shards(options: Train, expected: Tokenizer | None) -> Data:
         val = concatenate_tokens([read_shard_folder(path).open() for path in val_folders])
     else:
         texts[0], val = split(texts[0], options.val_share)
-    marks = "-".join(str(manifest.sum_of(x.folder / manifest.MANIFEST)["sha256"])[:8] for x in folders)
+    marks = "-".join(str(manifest.hash_file(x.folder / manifest.MANIFEST)["sha256"])[:8] for x in folders)
     return Data(tokenizer, tuple(texts), val, f"{sum(map(len, texts))}-{marks}")
 
 

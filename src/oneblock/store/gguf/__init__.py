@@ -1,4 +1,4 @@
-"""GGUF, the one-file form of llama.cpp and its kin: read as a model with its tokenizer, and written from them."""
+"""GGUF, llama.cpp's single-file format: read as a model with its tokenizer, and written from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from oneblock.errors import missing_extra
 
-if find_spec("gguf") is None:  # the library, an extra of this package
+if find_spec("gguf") is None:  # an optional dependency
     raise missing_extra("GGUF", "gguf", "gguf")
 
 from oneblock.store.gguf.read import load_gguf
