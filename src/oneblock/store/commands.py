@@ -23,7 +23,7 @@ class ExportOptions:
 
     model: Positional[str]  # model folder, GGUF file, or org/name[@revision] on the hub
     out: Positional[Path]  # file to write, its name ending in .gguf
-    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None  # dtype of the weight matrices; default: the model's
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None  # of weight matrices; default: the model's dtype
     tokenizer: bool = True  # include the tokenizer and its chat template
 
 
