@@ -71,12 +71,13 @@ def test_text_shorter_than_a_row() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 0}, "length is 0, but it must be at least 1"),
-        ({"batch_size": -1}, "batch_size is -1, but it must be at least 1"),
-        ({"seed": 2**63}, "seed is 9223372036854775808, but it must be at least 0 and at most"),
+        ({"length": 0}, "length is 0, but it must be an integer, at least 1"),
+        ({"batch_size": -1}, "batch_size is -1, but it must be an integer, at least 1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808, but it must be an integer, at least 0 and at most"),
         ({"weights": [float("inf")]}, "weights is inf, but it must be at least 0"),
     ],
 )
 def test_numbers_out_of_range(changes: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"length": 16, "batch_size": 2, "seed": 0} | changes
     with pytest.raises(OneblockError, match=message):
-        PackedDataset(TEXT, **({"length": 16, "batch_size": 2, "seed": 0} | changes))
+        PackedDataset(TEXT, **options)

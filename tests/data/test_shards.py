@@ -249,7 +249,7 @@ def test_numbers_out_of_range(flag: str, value: str, tmp_path: Path, capsys: pyt
     argv = ["data", "prepare", "--data", "a.txt", "--tokenizer", "bytes", "--out", str(tmp_path / "o")]
     assert main([*argv, f"--{flag}", value]) == 2
     assert f"{flag.replace('-', '_')} is {value}, but it must be" in capsys.readouterr().err
-    with pytest.raises(OneblockError, match="must be at least"):
+    with pytest.raises(OneblockError, match="must be"):
         if flag == "workers":
             prepare_shards(settings("a.txt"), byte_level(), tmp_path / "o", int(value) if value != "-1" else 0)
         settings("a.txt", **{flag.replace("-", "_"): float(value) if flag == "val-share" else int(value)})

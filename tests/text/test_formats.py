@@ -287,7 +287,7 @@ def test_text_that_cannot_be_encoded() -> None:
         trained.encode("ab\ud800")
     with pytest.raises(OneblockError, match="no beginning-of-text token"):
         trained.encode("a", bos=True)
-    with pytest.raises(OneblockError, match="vocab_size is 100, but it must be at least 257"):
+    with pytest.raises(OneblockError, match="vocab_size is 100, but it must be an integer, at least 257"):
         train_bpe(["a"], 100)
     with pytest.raises(OneblockError, match="no text to take characters from"):
         characters("")

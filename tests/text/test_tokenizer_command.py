@@ -46,4 +46,4 @@ def test_vocabulary_sizes_are_checked(vocab: str, tmp_path: Path, capsys: pytest
     (tmp_path / "a.txt").write_text("the cat")
     argv = ["tokenizer", "--train", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--vocab", vocab]
     assert cli.main(argv) == 2
-    assert "must be at least 257 and at most 1,048,576" in capsys.readouterr().err
+    assert "must be an integer, at least 257 and at most 1,048,576" in capsys.readouterr().err

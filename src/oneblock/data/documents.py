@@ -184,8 +184,8 @@ def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[NDArray
     ids: list[list[NDArray[Any]]] = [[] for _ in texts]
     for first in range(0, len(pieces), PIECES):
         batch = pieces[first : first + PIECES]
-        encoded = tokenizer.encode_batch([piece for _, piece in batch], bos=False)
-        for (i, _), piece_ids in zip(batch, encoded, strict=True):
+        batch_ids = tokenizer.encode_batch([piece for _, piece in batch], bos=False)
+        for (i, _), piece_ids in zip(batch, batch_ids, strict=True):
             ids[i].append(np.array(piece_ids, dtype))
     end = np.array(tokenizer.eos_ids[:1], dtype)
     return [np.concatenate([*parts, end]) for parts in ids]

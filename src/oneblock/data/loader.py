@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from oneblock.data.packed import Batch, PackedDataset
 from oneblock.errors import OneblockError
@@ -57,10 +58,10 @@ class BatchLoader:
         loader: DataLoader[Any] = DataLoader(
             NumberedBatches(self.dataset, self.rank, self.ranks),
             batch_size=None,
-            sampler=CountFrom(n),
+            sampler=itertools.count(n),
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
-            collate_fn=_identity,  # type: ignore[arg-type]
+            collate_fn=dict,  # the default would build tensors
             timeout=TIMEOUT,
             worker_init_fn=_use_one_thread,
         )
@@ -97,23 +98,6 @@ class NumberedBatches(Dataset[Arrays]):
     def __getitem__(self, n: int) -> Arrays:
         batch = self.dataset.batch(n, self.rank, self.ranks)
         return {k: x.numpy() if isinstance(x, torch.Tensor) else x for k, x in vars(batch).items()}
-
-
-class CountFrom(Sampler[int]):
-    """n, n + 1, ... without an end."""
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def __iter__(self) -> Iterator[int]:
-        n = self.n
-        while True:
-            yield n
-            n += 1
-
-
-def _identity(arrays: Arrays) -> Arrays:
-    return arrays
 
 
 def _use_one_thread(worker: int) -> None:

@@ -64,9 +64,9 @@ class PackedDataset:
             ("length", length, Range(1)),
             ("batch_size", batch_size, Range(1)),
             ("seed", seed, SEED),
-            ("weights", tuple(weights), Range(0)),
         ):
-            check_range(name, value, limits)
+            check_range(name, value, limits, int)
+        check_range("weights", weights, Range(0), tuple[float, ...])
         several = isinstance(sources, Sequence) and not isinstance(sources, np.ndarray)
         sequences = [as_tokens(source) for source in sources] if several else [as_tokens(sources)]  # type: ignore[arg-type]
         if documents and any(tokens.ends is None for tokens in sequences):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -78,7 +77,7 @@ def prepare_shards(
     options: PrepareOptions, tokenizer: Tokenizer, out: Path, workers: int, report: Report = lambda d, t: None
 ) -> None:
     """Write `out`, and `out/val` if documents are held out. The manifest of `out` is written last."""
-    check_range("workers", workers, Range(1, MAX_WORKERS))
+    check_range("workers", workers, Range(1, MAX_WORKERS), int)
     if (out / manifest.MANIFEST).exists():
         raise OneblockError(f"{out} is prepared already: choose another --out")
     sizes = tuple(map(source_size, options.sources))
@@ -181,8 +180,7 @@ def finish(writers: list[ShardWriter], tokenizer: Tokenizer, out: Path) -> None:
     """Write the manifests; that of the training shards last, since it marks the job as done."""
     (out / PROGRESS).unlink(missing_ok=True)
     for writer in reversed([writer for writer in writers if writer.tokens]):
-        if writer.folder != out:
-            shutil.copytree(out / TOKENIZER, writer.folder / TOKENIZER, dirs_exist_ok=True)
+        tokenizer.save(writer.folder / TOKENIZER)
         names = [f"shard-{i:05}{suffix}" for i in range(writer.shards) for suffix in (".bin", ".ends")]
         names += [f"{TOKENIZER}/{path.name}" for path in sorted((out / TOKENIZER).iterdir())]
         vocab = tokenizer.vocab_size

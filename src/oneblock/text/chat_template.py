@@ -35,7 +35,7 @@ class TemplateRenderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         atexit.register(self.stop)
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._detach)
 
     def render(self, template: str, values: Sequence[Mapping[str, Any]]) -> list[str | OneblockError]:
         """Render the template once for each set of values. An item that fails is an OneblockError, not raised."""
@@ -72,7 +72,7 @@ class TemplateRenderer:
         argv = [sys.executable, "-I", "-c", BOOTSTRAP, str(WORKER), *filter(None, sys.path)]
         with remote:
             null = subprocess.DEVNULL
-            self._process = subprocess.Popen(argv, stdin=remote, stdout=null, stderr=null)
+            self._process = subprocess.Popen(argv, stdin=remote.fileno(), stdout=null, stderr=null)
         self._connection.settimeout(START_SECONDS)
         try:
             started = self._replies.readline() == b"ready\n"
@@ -90,7 +90,7 @@ class TemplateRenderer:
             self._process.wait()
             self._close()
 
-    def _forget(self) -> None:
+    def _detach(self) -> None:
         """After a fork, leave the child process to the parent."""
         self._lock = threading.Lock()
         if self._process is not None:

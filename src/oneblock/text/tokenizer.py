@@ -149,8 +149,8 @@ class Tokenizer:
         """Encode several texts at once, on every core."""
         if bos and self.bos_id is None:
             raise OneblockError("the tokenizer has no beginning-of-text token: use bos=False")
-        encoded = self._encode(texts, special, add=bos is None)
-        return [[self.bos_id, *ids] for ids in encoded] if bos else encoded  # pyright: ignore[reportReturnType]
+        batch = self._encode(texts, special, add=bos is None)
+        return [[self.bos_id, *ids] for ids in batch] if bos else batch  # pyright: ignore[reportReturnType]
 
     def _encode(self, texts: Sequence[str], special: bool, add: bool) -> list[list[int]]:
         """`add`: with the tokens that the file's post-processor puts at both ends."""
@@ -258,9 +258,8 @@ class Tokenizer:
 
         conversation = self._conversation(messages, tools, generation_prompt, options)
         strings = [conversation.template, *chat.iterate_strings(conversation.values())]
-        mask = self._content_mask
-        if any(map(chat.RESERVED.search, strings)):
-            mask = chat.ContentMask(self.special, self._assistant_names, "".join(strings))
+        reserved = "".join(filter(chat.RESERVED.search, strings))
+        mask = self._build_mask(reserved) if reserved else self._content_mask
         return self._encode_rendered(chat.render_masked(conversation, mask, self._control), mask)
 
     def _conversation(
@@ -281,11 +280,10 @@ class Tokenizer:
 
     def _encode_rendered(self, rendered: str, mask: ContentMask) -> list[int]:
         """The ids of `chat.render_masked`'s text: control tokens that are not masked become their ids."""
-        spans = [found.span() for found in self._control.finditer(rendered)]
-        names = [rendered[start:end] for start, end in spans]
-        control = [self.special.get(name, self.special.get(name.strip(), -1)) for name in names]
+        matches = list(self._control.finditer(rendered))
+        control = [self.special.get(match[0], self.special.get(match[0].strip(), -1)) for match in matches]
         text = mask.restore(rendered)
-        if [found.span() for found in self._control.finditer(text)] == spans:
+        if [match.span() for match in self._control.finditer(text)] == [match.span() for match in matches]:
             [ids] = self._encode([text], special=True, add=False)
             if [id for id in ids if id in self._control_ids] == [id for id in control if id in self._control_ids]:
                 return ids  # no normalizer made another one
@@ -293,14 +291,14 @@ class Tokenizer:
         return self._encode_plain(CONTROL_MARK.join(parts), add=False, control=control)
 
     @cached_property
-    def _assistant_names(self) -> list[str]:
-        return [name for name, id in self.special.items() if id not in self._hidden and not PIPES.fullmatch(name)]
-
-    @cached_property
     def _content_mask(self) -> ContentMask:
+        return self._build_mask("")
+
+    def _build_mask(self, reserved: str) -> ContentMask:
         from oneblock.text import chat
 
-        return chat.ContentMask(self.special, self._assistant_names)
+        markup = [name for name, id in self.special.items() if id not in self._hidden and not PIPES.fullmatch(name)]
+        return chat.ContentMask(self.special, markup, reserved)
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:

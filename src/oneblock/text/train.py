@@ -26,7 +26,7 @@ def train_bpe(
     `texts`: strings, and paths of text files. `special`: control tokens, counted in `vocab_size`; the first is the
     end-of-text token.
     """
-    check_range("vocab_size", vocab_size, Range(256 + len(special), MAX_VOCAB))  # 256 bytes and the control tokens
+    check_range("vocab_size", vocab_size, Range(256 + len(special), MAX_VOCAB), int)  # 256: the bytes
     backend = set_byte_level(Backend(models.BPE()), CL100K)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
