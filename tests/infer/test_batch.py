@@ -66,8 +66,8 @@ def generate_unbatched(llm: LLM, row: dict[str, Any]) -> tuple[Any, ...]:
     options = {name: value for name, value in row.items() if name not in ("id", "prompt")}
     if "logit_bias" in options:
         options["logit_bias"] = {int(id): bias for id, bias in options["logit_bias"].items()}
-    found = llm.generate(row["prompt"], **options)
-    return found.text, found.ids, found.finish_reason, len(found.prompt_ids)
+    completion = llm.generate(row["prompt"], **options)
+    return completion.text, completion.ids, completion.finish_reason, len(completion.prompt_ids)
 
 
 # ------------------------------------------------------------------ the replies
@@ -78,11 +78,13 @@ def test_batched_equals_unbatched(llm: LLM, tmp_path: Path, size: int) -> None:
     pytest.importorskip("llguidance")
     rows = random_rows(24)
     complete_file(llm, write_jsonl(tmp_path / "in", rows), tmp_path / "out", size, {})
-    found = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
-    assert len(read_jsonl(tmp_path / "out")) == len(found) == 24
+    results = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
+    assert len(read_jsonl(tmp_path / "out")) == len(results) == 24
     for row in rows:
-        got = found[row["id"]]
-        assert (got["text"], got["ids"], got["finish_reason"], got["prompt_tokens"]) == generate_unbatched(llm, row)
+        result = results[row["id"]]
+        assert (result["text"], result["ids"], result["finish_reason"], result["prompt_tokens"]) == generate_unbatched(
+            llm, row
+        )
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "phi3", "mixtral", "gpt_oss"])
@@ -93,9 +95,9 @@ def test_active_rows_survive_a_refill(name: str) -> None:
     llm = LLM(model)
     rows = [{"prompt": [(i * j) % 50 for j in range(1, 4 + i * 5)], "max_tokens": 2 + i * 7 % 30} for i in range(12)]
     jobs = [Reader(llm, {"seed": 0}).parse_job(n, row) for n, row in enumerate(rows, 1)]
-    found = {result.id: result.ids for result in generate_results(llm, jobs, 4)}
+    results = {result.id: result.ids for result in generate_results(llm, jobs, 4)}
     expected = [llm.generate(r["prompt"], max_tokens=r["max_tokens"], seed=n) for n, r in enumerate(rows)]
-    assert [found[n] for n in range(1, 13)] == [reply.ids for reply in expected]
+    assert [results[n] for n in range(1, 13)] == [reply.ids for reply in expected]
 
 
 def test_batches_are_refilled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +120,11 @@ def test_a_reply_without_allowed_tokens_is_an_error_row(llm: LLM, tmp_path: Path
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "in").write_text(text)
     complete_file(llm, tmp_path / "in", tmp_path / "out", 4, {})
-    found = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
-    assert found["bad"]["finish_reason"] == "error"
-    assert "no token may follow" in found["bad"]["error"]
-    assert sum("error" in row for row in found.values()) == 1
-    assert found["p1"]["ids"] == generate_unbatched(llm, rows[1])[1]
+    results = {row["id"]: row for row in read_jsonl(tmp_path / "out")}
+    assert results["bad"]["finish_reason"] == "error"
+    assert "no token may follow" in results["bad"]["error"]
+    assert sum("error" in row for row in results.values()) == 1
+    assert results["p1"]["ids"] == generate_unbatched(llm, rows[1])[1]
 
 
 def test_batch_size_follows_free_memory(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,15 +152,15 @@ def test_a_killed_run_resumes(folder: Path, llm: LLM, tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = [line for line in target.read_text("utf-8").split("\n")[:-1]]
-    assert 6 <= len(kept) < 40
+    complete_lines = [line for line in target.read_text("utf-8").split("\n")[:-1]]
+    assert 6 <= len(complete_lines) < 40
     with target.open("a") as file:
         file.write('{"id": 40, "text": "hal')
     assert cli.main(flags) == 0
-    found = read_jsonl(target)
-    assert [json.dumps(row, ensure_ascii=False) for row in found[: len(kept)]] == kept
-    assert sorted(row["id"] for row in found) == list(range(1, 41))
-    for row in found:
+    results = read_jsonl(target)
+    assert [json.dumps(row, ensure_ascii=False) for row in results[: len(complete_lines)]] == complete_lines
+    assert sorted(row["id"] for row in results) == list(range(1, 41))
+    for row in results:
         expected = llm.generate(rows[row["id"] - 1]["prompt"], max_tokens=60, ignore_eos=True, seed=6 + row["id"])
         assert row["ids"] == expected.ids
     before = target.read_bytes()
@@ -342,8 +344,8 @@ def test_messages_use_the_chat_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     tokenizer = byte_level()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
-    found = Reader(LLM(llm.model, tokenizer), {}).parse_job(1, {"messages": messages})
-    assert found.prompt == list(b"Hi:")
+    job = Reader(LLM(llm.model, tokenizer), {}).parse_job(1, {"messages": messages})
+    assert job.prompt == list(b"Hi:")
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

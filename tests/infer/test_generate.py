@@ -38,10 +38,10 @@ def random_prompts(vocab: int, lengths: tuple[int, ...], seed: int = 1) -> list[
 
 
 def generate_ids(model: Decoder, prompts: list[list[int]], request: Request) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
+    rows: list[list[int]] = [[] for _ in prompts]
     for output in generate_tokens(Sequences(model, prompts, 64), request, [None] * len(prompts)):
-        found[output.row].append(output.id)
-    return found
+        rows[output.row].append(output.id)
+    return rows
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def test_chunked_prefill_equals_one_pass(name: str, monkeypatch: pytest.MonkeyPa
     """Unbatched, and in a batch where the first chunks of some rows are all padding."""
     model = random_model(FAMILIES[name]())
     prompts = random_prompts(model.spec.vocab, (3, 90, 41))
-    whole = [generate_ids(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)]
+    expected = [generate_ids(model, batch, Request(GREEDY, max_tokens=6)) for batch in ([prompts[1]], prompts)]
     longest, inner = [], model.hidden_states
 
     def hidden_states(ids: torch.Tensor, **rest: Any) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_chunked_prefill_equals_one_pass(name: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("oneblock.infer.generate.PREFILL_CHUNK", 24)
     monkeypatch.setattr(model, "hidden_states", hidden_states)
-    assert [generate_ids(model, some, Request(GREEDY, max_tokens=6)) for some in ([prompts[1]], prompts)] == whole
+    assert [generate_ids(model, batch, Request(GREEDY, max_tokens=6)) for batch in ([prompts[1]], prompts)] == expected
     scaled = {type(layer.attn.rope.scaling) for layer in model.spec.pattern if layer.attn.rope}
     assert max(longest) <= 24 or scaled & {LongRope, DynamicNTK}
 
@@ -94,9 +94,9 @@ def test_a_sequence_stops_at_the_context_limit():
     """The context leaves room for 4 tokens after the long prompt; learned positions have no row for a fifth."""
     model = random_model(FAMILIES["gpt2"](context=32))
     prompts = random_prompts(model.spec.vocab, (28, 2))
-    found = generate_ids(model, prompts, Request(GREEDY, max_tokens=20))
-    assert [len(ids) for ids in found] == [4, 20]
-    assert found[1] == generate_without_cache(model, prompts[1], 20)
+    generated = generate_ids(model, prompts, Request(GREEDY, max_tokens=20))
+    assert [len(ids) for ids in generated] == [4, 20]
+    assert generated[1] == generate_without_cache(model, prompts[1], 20)
 
 
 def test_batched_samples_equal_unbatched():
@@ -125,11 +125,11 @@ def test_logprobs_equal_those_of_a_full_forward_pass():
     model = random_model(FAMILIES["llama"]())
     [prompt] = random_prompts(model.spec.vocab, (6,))
     request = Request(SamplingParams(0.7, top_k=5), max_tokens=5, seeds=(3,), top_logprobs=3)
-    found = list(generate_tokens(Sequences(model, [prompt], 16), request, [None]))
+    outputs = list(generate_tokens(Sequences(model, [prompt], 16), request, [None]))
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + [e.id for e in found]]))[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + [e.id for e in outputs]]))[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)
-    for i, output in enumerate(found):
+    for i, output in enumerate(outputs):
         assert output.logprob == pytest.approx(expected[i, output.id].item(), abs=1e-4)
         assert [t for t, _ in output.top] == expected[i].topk(3).indices.tolist()
         assert [p for _, p in output.top] == pytest.approx(expected[i].topk(3).values.tolist(), abs=1e-4)
@@ -149,8 +149,8 @@ def longrope() -> Spec:
 def test_longrope_recomputes_the_cache_when_its_angles_switch(lengths):
     model = random_model(longrope())
     prompts = random_prompts(model.spec.vocab, lengths)
-    found = generate_ids(model, prompts, Request(GREEDY, max_tokens=14))
-    assert found == [generate_without_cache(model, prompt, 14) for prompt in prompts]
+    generated = generate_ids(model, prompts, Request(GREEDY, max_tokens=14))
+    assert generated == [generate_without_cache(model, prompt, 14) for prompt in prompts]
 
 
 # ------------------------------------------------------------------ reuse of the KV cache
@@ -160,23 +160,23 @@ def test_longrope_recomputes_the_cache_when_its_angles_switch(lengths):
 def test_replaced_prompts_reuse_the_common_prefix(name):
     model = random_model(longrope() if name == "longrope" else FAMILIES[name]())
     first, second, third = random_prompts(model.spec.vocab, (12, 90, 6))
-    texts, request = Sequences(model, [first], 16), Request(GREEDY, max_tokens=5)
-    reply = [e.id for e in generate_tokens(texts, request, [None])]
+    sequences, request = Sequences(model, [first], 16), Request(GREEDY, max_tokens=5)
+    reply = [e.id for e in generate_tokens(sequences, request, [None])]
     longer = first + reply + second
     for prompt in (longer, first + reply[:2] + third, first, first, third):
-        texts.replace_prompt(prompt)
-        assert texts.cache.length < len(prompt)
-        found = [e.id for e in generate_tokens(texts, request, [None])]
-        assert found == generate_without_cache(model, prompt, 5)
+        sequences.replace_prompt(prompt)
+        assert sequences.cache.length < len(prompt)
+        generated = [e.id for e in generate_tokens(sequences, request, [None])]
+        assert generated == generate_without_cache(model, prompt, 5)
 
 
 def test_the_common_prefix_is_not_fed_again():
     model = random_model(FAMILIES["llama"]())
     first, more = random_prompts(model.spec.vocab, (12, 8))
-    texts = Sequences(model, [first], 64)
-    reply = [e.id for e in generate_tokens(texts, Request(GREEDY, max_tokens=5), [None])]
-    texts.replace_prompt(first + reply + more)
-    assert texts.cache.length == 12 + 4, "all but the last token of the reply"
+    sequences = Sequences(model, [first], 64)
+    reply = [e.id for e in generate_tokens(sequences, Request(GREEDY, max_tokens=5), [None])]
+    sequences.replace_prompt(first + reply + more)
+    assert sequences.cache.length == 12 + 4, "all but the last token of the reply"
 
 
 # ------------------------------------------------------------------ limits and refused requests

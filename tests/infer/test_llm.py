@@ -91,10 +91,10 @@ def test_streamed_pieces_equal_the_reply(llm: LLM) -> None:
 
 
 def test_stop_strings_are_removed_and_never_streamed_in_part(llm: LLM) -> None:
-    whole = llm.generate("Once upon a time", max_tokens=60, temperature=0).text or ""
-    stop = whole[30:37]
+    full = llm.generate("Once upon a time", max_tokens=60, temperature=0).text or ""
+    stop = full[30:37]
     completion = llm.generate("Once upon a time", max_tokens=60, temperature=0, stop=stop)
-    assert completion.text == whole[: whole.index(stop)]
+    assert completion.text == full[: full.index(stop)]
     assert completion.finish_reason == "stop"
     shown = list(llm.stream("Once upon a time", max_tokens=60, temperature=0, stop=[stop, "never to be seen"]))
     assert "".join(shown) == completion.text
@@ -199,15 +199,15 @@ def test_unknown_options_are_named(folder_without_tokenizer: Path) -> None:
 def test_a_conversation_prefills_only_new_tokens(llm: LLM) -> None:
     conversation = Conversation(llm, llm.build_request(max_tokens=12, temperature=0.0))
     first = "".join(conversation.stream_reply("Once upon a time"))
-    fed: list[int] = []
-    hook = llm.model.embed.register_forward_hook(lambda module, args, y: fed.append(args[0].shape[1]))
+    fed_tokens: list[int] = []
+    hook = llm.model.embed.register_forward_hook(lambda module, args, y: fed_tokens.append(args[0].shape[1]))
     second = "".join(conversation.stream_reply("The dog was"))
     hook.remove()
-    assert fed[0] < 16  # not the first turn again
+    assert fed_tokens[0] < 16  # not the first turn again
     prompt = llm.encode("Once upon a time") + llm.generate("Once upon a time", max_tokens=12, temperature=0).ids
     assert llm.tokenizer is not None
-    whole = prompt + llm.tokenizer.encode("\nThe dog was", bos=False)
-    assert second == llm.generate(whole, max_tokens=12, temperature=0).text
+    full = prompt + llm.tokenizer.encode("\nThe dog was", bos=False)
+    assert second == llm.generate(full, max_tokens=12, temperature=0).text
     assert [m["content"] for m in conversation.messages] == ["Once upon a time", first, "The dog was", second]
 
 

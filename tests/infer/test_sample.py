@@ -167,9 +167,9 @@ def test_permuted_vocabulary_gives_permuted_probabilities(seed, k, p, m):
 
 
 def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
-    seen = expected > 0
-    assert observed[~seen].sum() == 0, "drew what has no probability"
-    return (((observed - expected)[seen] ** 2) / expected[seen]).sum().item()
+    possible = expected > 0
+    assert observed[~possible].sum() == 0, "drew a token of probability 0"
+    return (((observed - expected)[possible] ** 2) / expected[possible]).sum().item()
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_samples_do_not_depend_on_the_batch():
 def test_selected_sequences_keep_generator_and_counts():
     logits = random_logits(7, 12, rows=3, scale=1.0)
     sampling = SamplingParams(frequency_penalty=1.0)
-    whole, fewer = (Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 12) for _ in range(2))
-    first = whole.next(logits)
+    full, fewer = (Sampler(sampling, [1, 2, 3], [[0], [1], [2]], 12) for _ in range(2))
+    first = full.next(logits)
     assert torch.equal(fewer.next(logits), first)
     fewer.select_sequences([2, 0])
     for _ in range(10):
-        assert fewer.next(logits[[2, 0]]).tolist() == whole.next(logits)[[2, 0]].tolist()
+        assert fewer.next(logits[[2, 0]]).tolist() == full.next(logits)[[2, 0]].tolist()
 
 
 def test_greedy_is_argmax_without_random_numbers():

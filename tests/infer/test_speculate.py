@@ -46,10 +46,10 @@ def test_greedy_replies_are_unchanged(family: str, drafter: str) -> None:
         plain = llm.generate(prompt, **asked)
         draft_model = {"ngram": None, "draft model": random_llm(family, 1), "the model itself": llm}[drafter]
         llm.set_speculative_decoding(5, draft_model)
-        found = llm.generate(prompt, **asked)
-        assert found.ids == plain.ids
-        assert found.finish_reason == plain.finish_reason
-        assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+        completion = llm.generate(prompt, **asked)
+        assert completion.ids == plain.ids
+        assert completion.finish_reason == plain.finish_reason
+        assert completion.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
         if drafter == "the model itself" and not how and family != "gemma3":
             assert llm.speculative_stats.accepted == llm.speculative_stats.drafted > 90
         assert family == "gemma3" or llm.speculative_stats.drafted > 0
@@ -65,21 +65,23 @@ def test_rejected_tokens_leave_the_cache(tmp_path: Path) -> None:
         llm.set_speculative_decoding(guesses, llm if guesses else None)
         assert llm.generate(prompt, max_tokens=n, **how).ids == plain[:n]
         with safe_open(llm.prompt_cache, "pt") as file:
-            kept = file.get_tensor("ids").tolist()
-            assert len(kept) == file.get_tensor("keys.0.0").shape[2]
-        assert kept == [*prompt, *plain][: len(kept)]
-        assert len(kept) >= len(prompt) + n - 7
+            ids = file.get_tensor("ids").tolist()
+            assert len(ids) == file.get_tensor("keys.0.0").shape[2]
+        assert ids == [*prompt, *plain][: len(ids)]
+        assert len(ids) >= len(prompt) + n - 7
 
 
 def test_conversations_use_speculative_decoding(data: Path) -> None:
-    said = []
+    replies = []
     for guesses in (0, 4):
         llm = load(data / "weights" / "stories260k")
         llm.set_speculative_decoding(guesses)
-        talk = Conversation(llm, llm.build_request(max_tokens=40, temperature=0.0))
-        said.append(["".join(talk.stream_reply(line)) for line in ("Once upon a time", "Then they played and played")])
+        conversation = Conversation(llm, llm.build_request(max_tokens=40, temperature=0.0))
+        replies.append(
+            ["".join(conversation.stream_reply(line)) for line in ("Once upon a time", "Then they played and played")]
+        )
         assert (llm.speculative_stats.drafted > 0) == (guesses > 0)
-    assert said[0] == said[1]
+    assert replies[0] == replies[1]
 
 
 def test_samples_match_the_models_distribution() -> None:
@@ -100,8 +102,8 @@ def test_samples_match_the_models_distribution() -> None:
         assert llm.speculative_stats.drafted > 0
         common = expected * runs >= 5
         rare = torch.stack([counts[~common].sum(), expected[~common].sum() * runs])
-        found, wanted = torch.cat([counts[common], rare[:1]]), torch.cat([expected[common] * runs, rare[1:]])
-        chi = ((found - wanted).square() / wanted.clamp(min=1e-9)).sum().item()
+        observed, theory = torch.cat([counts[common], rare[:1]]), torch.cat([expected[common] * runs, rare[1:]])
+        chi = ((observed - theory).square() / theory.clamp(min=1e-9)).sum().item()
         free = int(common.sum())
         assert chi < free + 4 * (2 * free) ** 0.5, (chi, free)  # four standard deviations of chi-square
 
@@ -111,8 +113,10 @@ def test_rejection_sampling_draws_from_the_target_distribution() -> None:
     p, q = torch.tensor([0.6, 0.3, 0.1, 0.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     generator, n = torch.Generator().manual_seed(0), 20_000
     drawn = torch.multinomial(q, n, replacement=True).tolist()
-    found = torch.bincount(torch.tensor([rejection_sample(p, id, q, generator)[0] for id in drawn]), minlength=4) / n
-    torch.testing.assert_close(found, p, atol=0.012, rtol=0)
+    frequencies = (
+        torch.bincount(torch.tensor([rejection_sample(p, id, q, generator)[0] for id in drawn]), minlength=4) / n
+    )
+    torch.testing.assert_close(frequencies, p, atol=0.012, rtol=0)
     sure = torch.bincount(torch.tensor([rejection_sample(p, 2, None, generator)[0] for _ in range(n)]), minlength=4) / n
     torch.testing.assert_close(sure, p, atol=0.012, rtol=0)
 

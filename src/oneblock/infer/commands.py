@@ -20,19 +20,7 @@ from tyro.conf import Positional
 from oneblock.config import SEED, Range
 from oneblock.errors import OneblockError
 from oneblock.files import read_text, write_file
-from oneblock.infer.options import (
-    BATCH_SIZE,
-    CONTEXT,
-    DEFAULT_MAX_TOKENS,
-    MAX_TOKENS,
-    MIN_P,
-    NUM_SPECULATIVE_TOKENS,
-    PENALTY,
-    REPETITION_PENALTY,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
-)
+from oneblock.infer import options as limits
 
 if TYPE_CHECKING:
     from oneblock.infer.chat import Conversation
@@ -50,13 +38,13 @@ HELP = """\
 class SamplingFlags:
     """Sampling parameters. The default is that of the model's generation_config.json, else no effect."""
 
-    temperature: Annotated[float | None, TEMPERATURE] = None  # divides the logits; 0: greedy
-    top_k: Annotated[int | None, TOP_K] = None  # sample from this many of the most likely tokens; 0: all
-    top_p: Annotated[float | None, TOP_P] = None  # nucleus sampling: the smallest set with this probability mass
-    min_p: Annotated[float | None, MIN_P] = None  # least probability of a token, relative to the most likely one
-    repetition_penalty: Annotated[float | None, REPETITION_PENALTY] = None  # above 1: repeat prompt and reply less
-    presence_penalty: Annotated[float | None, PENALTY] = None  # subtracted from the logits of tokens in the reply
-    frequency_penalty: Annotated[float | None, PENALTY] = None  # the same, times the token's count in the reply
+    temperature: Annotated[float | None, limits.TEMPERATURE] = None  # divides the logits; 0: greedy
+    top_k: Annotated[int | None, limits.TOP_K] = None  # sample from this many of the most likely tokens; 0: all
+    top_p: Annotated[float | None, limits.TOP_P] = None  # nucleus sampling: the smallest set with this probability mass
+    min_p: Annotated[float | None, limits.MIN_P] = None  # least probability of a token, relative to the most likely one
+    repetition_penalty: Annotated[float | None, limits.REPETITION_PENALTY] = None  # above 1: fewer repetitions
+    presence_penalty: Annotated[float | None, limits.PENALTY] = None  # subtracted from logits of tokens in the reply
+    frequency_penalty: Annotated[float | None, limits.PENALTY] = None  # the same, times the token's count in the reply
     seed: Annotated[int | None, SEED] = None  # seed of sampling; default: random
 
 
@@ -87,7 +75,7 @@ class LoadingFlags:
     dtype: str | None = None  # float32, bfloat16 or float16; default: as stored
     device: str = "cpu"  # cpu, cuda, cuda:1, ..
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the decode step; auto: where enough tokens follow
-    context: Annotated[int | None, CONTEXT] = None  # extend the context to this many tokens by RoPE scaling
+    context: Annotated[int | None, limits.CONTEXT] = None  # extend the context to this many tokens by RoPE scaling
     rope_scaling: Literal["yarn", "linear", "dynamic"] | None = None  # method of --context; default: yarn
     kv_cache_dtype: Literal["auto", "int8"] = "auto"  # dtype of the KV cache; auto: the model's
     prompt_cache: Path | None = None  # a file that keeps the KV cache of a prompt for later runs
@@ -97,7 +85,7 @@ class LoadingFlags:
 class SpeculativeFlags:
     """Speculative decoding: draft tokens verified in one forward pass, with an unchanged output distribution."""
 
-    num_speculative_tokens: Annotated[int, NUM_SPECULATIVE_TOKENS] = 0  # draft tokens per step, often 4 to 8; 0: off
+    num_speculative_tokens: Annotated[int, limits.NUM_SPECULATIVE_TOKENS] = 0  # draft tokens per step (4 to 8); 0: off
     draft_model: str | None = None  # a smaller model with the same tokenizer; default: n-grams of the sequence itself
 
 
@@ -107,7 +95,7 @@ class BatchInputFlags:
 
     input: Path | None = None  # JSONL: {"prompt": ..} or {"messages": [..]} per line, with optional "id" and options
     output: Path | None = None  # JSONL: one reply per line, in the order in which they finish
-    batch_size: Annotated[int | None, BATCH_SIZE] = None  # sequences at a time; default: what half of free memory holds
+    batch_size: Annotated[int | None, limits.BATCH_SIZE] = None  # sequences at a time; default: by free memory
 
 
 @dataclass(frozen=True)
@@ -117,7 +105,7 @@ class GenerateOptions:
     loading: LoadingFlags
     prompt: str | None = None  # the text to complete; default: standard input
     ids: Annotated[tuple[int, ...], Range(0)] = ()  # the prompt as token ids, for a model without a tokenizer
-    max_tokens: Annotated[int, MAX_TOKENS] = DEFAULT_MAX_TOKENS  # length limit of the reply
+    max_tokens: Annotated[int, limits.MAX_TOKENS] = limits.DEFAULT_MAX_TOKENS  # length limit of the reply
     stop: tuple[str, ...] = ()  # strings that end the reply
     ignore_eos: bool = False  # continue after the model's end-of-sequence token
     stream: bool = True  # print text as it is generated
@@ -134,7 +122,7 @@ class ChatOptions:
 
     loading: LoadingFlags
     system: str | None = None  # the system prompt
-    max_tokens: Annotated[int, MAX_TOKENS] = 1024  # length limit of one reply
+    max_tokens: Annotated[int, limits.MAX_TOKENS] = 1024  # length limit of one reply
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
     speculative_decoding: SpeculativeFlags = field(default_factory=SpeculativeFlags)
 
