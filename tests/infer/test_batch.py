@@ -332,7 +332,7 @@ def test_options_of_lines_override_defaults(llm: LLM, tmp_path: Path) -> None:
     )
     assert [(job.id, job.request.seeds, job.request.max_tokens) for job in jobs] == [(1, (5,), 4), (3, (1,), 4)]
     grammars = [job.request.grammar for job in jobs]
-    assert [g.constraint.kind for g in grammars if g is not None] == ["choices", "regex"]
+    assert [g.output.kind for g in grammars if g is not None] == ["choices", "regex"]
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(OneblockError, match="has no prompts"):
         Reader(llm, {}).read(tmp_path / "empty")

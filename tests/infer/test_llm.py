@@ -288,14 +288,6 @@ def test_interleaved_streams_equal_separate_ones(llm: LLM) -> None:
     ]
 
 
-def test_extending_the_context_drops_the_compiled_step(folder_without_tokenizer: Path) -> None:
-    llm = oneblock.load(folder_without_tokenizer)
-    llm.compile = "on"
-    stale = llm.compile_step(1)
-    llm.extend_context(80)
-    assert llm.compile_step(1) is not stale
-
-
 def test_system_prompt_without_chat_template_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(folder), "--system", "Answer briefly."]) == 1
     assert "no chat template, so a system prompt has no effect: leave --system out" in capsys.readouterr().err

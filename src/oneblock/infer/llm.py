@@ -153,7 +153,6 @@ class LLM:
         """Allow sequences of `context` tokens by RoPE scaling."""
         extend_context(self.model, context, rope_scaling)
         self.config = {}  # of the unscaled model
-        self._compiled = None
 
     # ------------------------------------------------------------------ text to ids
 
