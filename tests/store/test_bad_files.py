@@ -1,4 +1,4 @@
-"""Damaged, wrong and unsafe files: each is one line that names the file, the tensor and what to do."""
+"""Damaged, mismatched and unsafe files: every error is one line with the file, the tensor and the fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights(folder: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The file with another header over the same bytes."""
+    """Change the header of the weight file, not its data."""
     raw = weights(folder).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -57,7 +57,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 9, 200, -1, -100])
-def test_files_cut_short(folder: Path, size: int) -> None:
+def test_truncated_files(folder: Path, size: int) -> None:
     raw = weights(folder).read_bytes()
     weights(folder).write_bytes(raw[:size])
     message = refusal(folder)
@@ -78,8 +78,8 @@ def test_impossible_header_lengths(folder: Path, length: int) -> None:
     assert message.endswith("the file is damaged or incomplete; download it again")
 
 
-def test_any_flipped_bit_of_the_header_is_refused_or_harmless(folder: Path) -> None:
-    """Every one of them: harmless are those in the metadata that nothing reads, and in white space."""
+def test_a_bit_flip_in_the_header_is_refused_or_harmless(folder: Path) -> None:
+    """Every bit of the header; flips in unused metadata and in white space are harmless."""
     raw = bytearray(weights(folder).read_bytes())
     entries = read_header(weights(folder))
     (length,) = struct.unpack("<Q", raw[:8])
@@ -123,14 +123,14 @@ HEADERS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), HEADERS, ids=[message for _, message in HEADERS])
-def test_headers_that_do_not_describe_the_file(
+def test_headers_that_do_not_match_the_file(
     folder: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     edit(folder, change)
     assert message in refusal(folder)
 
 
-def test_headers_that_are_no_json_objects(folder: Path) -> None:
+def test_headers_that_are_not_json_objects(folder: Path) -> None:
     for text in (b"[]", b"{ ", b"\xff\xff", b"[" * 50_000):
         weights(folder).write_bytes(struct.pack("<Q", len(text)) + text)
         assert "invalid JSON in header" in refusal(folder) or "invalid UTF-8 in header" in refusal(folder)
@@ -167,7 +167,7 @@ TENSORS: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), TENSORS, ids=[message for _, message in TENSORS])
-def test_tensors_that_are_not_the_models(
+def test_tensors_that_do_not_match_the_configuration(
     folder: Path, change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:
     rewrite(folder, change)
@@ -216,7 +216,7 @@ def index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-def test_indexes_that_do_not_fit_the_shards(tmp_path: Path) -> None:
+def test_indexes_that_do_not_match_the_shards(tmp_path: Path) -> None:
     folder = sharded(tmp_path)
     first = next(iter(sorted(folder.glob("*.safetensors"))))
     for bad in ("../model.safetensors", "/etc/passwd", 3):
@@ -247,7 +247,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(folder: Path, monkeypatch
         load_model(folder, dtype="float64")
 
 
-def test_what_we_write_the_library_reads(folder: Path) -> None:
+def test_the_safetensors_library_reads_our_files(folder: Path) -> None:
     assert set(load_file(weights(folder))) == set(read_header(weights(folder)))
     header = build_header({"a": (torch.float32, (3,)), "b": (torch.bfloat16, ())})
     (length,) = struct.unpack("<Q", header[:8])

@@ -1,4 +1,4 @@
-"""GGUF: what is written is read again, by us, by the library and by llama.cpp; others' blocks; damaged files."""
+"""GGUF: round trips, the gguf library and llama.cpp as references, block types, tokenizers, damaged files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ SPECS = {
 
 
 def random_model(spec: Spec) -> Decoder:
-    """Weights with no more digits than bfloat16 has: Gemma's gains are written plus one, which rounds others."""
+    """A model with bfloat16-representable weights: Gemma's norm weights are stored plus one, which rounds others."""
     generator = torch.Generator().manual_seed(0)
     model = Decoder(spec)
     with torch.no_grad():
@@ -90,14 +90,14 @@ def same(a: Decoder, b: Decoder) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def peer(file: Path, **options: Any) -> Any:
+def llama_cpp_model(file: Path, **options: Any) -> Any:
     llama_cpp = pytest.importorskip("llama_cpp")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own, about files that it leaves open
         return llama_cpp.Llama(str(file), n_threads=1, verbose=False, **options)
 
 
-# ------------------------------------------------------------------ there and back
+# ------------------------------------------------------------------ round trips
 
 
 def written(folder: Path, name: str, type: str | None = "f32", tokenizer: Tokenizer | None = None) -> Path:
@@ -109,7 +109,7 @@ def written(folder: Path, name: str, type: str | None = "f32", tokenizer: Tokeni
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("type", ["f32", "bf16"])
-def test_every_family_comes_back_bit_for_bit(name: str, type: str, tmp_path: Path) -> None:
+def test_round_trips_are_bit_exact(name: str, type: str, tmp_path: Path) -> None:
     file, model = written(tmp_path, name, type), random_model(SPECS[name])
     checkpoint, tokenizer = load_gguf(file, dtype="float32")
     assert tokenizer is None
@@ -122,13 +122,17 @@ def test_every_family_comes_back_bit_for_bit(name: str, type: str, tmp_path: Pat
     assert (tmp_path / "again" / "model.gguf").read_bytes() == file.read_bytes()
 
 
-def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_the_gguf_library_reads_our_files(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(written(tmp_path, "llama3"))
-    said = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF")}
-    assert (said["general.architecture"], said["general.file_type"], said["llama.block_count"]) == ("llama", 0, 3)
-    assert (said["llama.attention.head_count"], said["llama.attention.head_count_kv"]) == (4, 2)
-    assert (said["llama.attention.key_length"], said["llama.rope.dimension_count"]) == (16, 16)
-    assert (said["llama.rope.freq_base"], said["llama.vocab_size"]) == (500_000.0, 300)
+    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF")}
+    assert (metadata["general.architecture"], metadata["general.file_type"], metadata["llama.block_count"]) == (
+        "llama",
+        0,
+        3,
+    )
+    assert (metadata["llama.attention.head_count"], metadata["llama.attention.head_count_kv"]) == (4, 2)
+    assert (metadata["llama.attention.key_length"], metadata["llama.rope.dimension_count"]) == (16, 16)
+    assert (metadata["llama.rope.freq_base"], metadata["llama.vocab_size"]) == (500_000.0, 300)
     model, found = random_model(SPECS["llama3"]), {t.name: t.data for t in reader.tensors}
     wq = model.blocks[1].attn.wq.weight.detach()
     ours = wq.reshape(4, 2, 8, 32).transpose(1, 2).reshape(64, 32)  # each head's halves as neighbours
@@ -147,7 +151,7 @@ def test_fused_tensors_stay_fused(name: str, tensors: tuple[str, ...], tmp_path:
     assert header.tensors["blk.0.attn_qkv.weight"].shape == (rows, 32)
 
 
-def test_gemmas_gains_are_whole_there(tmp_path: Path) -> None:
+def test_gemma_norm_weights_are_stored_plus_one(tmp_path: Path) -> None:
     found = {t.name: t.data for t in gguf.GGUFReader(written(tmp_path, "gemma3")).tensors}
     model = random_model(SPECS["gemma3"])
     assert np.array_equal(found["output_norm.weight"], 1 + model.norm.weight.detach().numpy())
@@ -162,9 +166,7 @@ def test_gemmas_gains_are_whole_there(tmp_path: Path) -> None:
         ("q4_0", "Q4_0", "Q8_0", 1 / 8 + 2**-9),
     ],
 )
-def test_smaller_types_are_within_their_error(
-    type: str, stored: str, vocabulary: str, bound: float, tmp_path: Path
-) -> None:
+def test_quantization_error_is_bounded(type: str, stored: str, vocabulary: str, bound: float, tmp_path: Path) -> None:
     file = written(tmp_path, "qwen3", type)
     kinds = {name: entry.dtype for name, entry in read_header(file).tensors.items()}
     assert kinds["blk.0.attn_q.weight"] == stored
@@ -179,7 +181,7 @@ def test_smaller_types_are_within_their_error(
     assert asked == (torch.float16 if type == "f16" else torch.bfloat16)
 
 
-def test_rows_that_are_no_whole_blocks_become_f16(tmp_path: Path) -> None:
+def test_rows_that_are_not_whole_blocks_become_f16(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama"](**(TINY | {"hidden_dim": 40})))
     save_gguf(tmp_path / "m.gguf", model, type="q8_0")
     header = read_header(tmp_path / "m.gguf")
@@ -187,7 +189,7 @@ def test_rows_that_are_no_whole_blocks_become_f16(tmp_path: Path) -> None:
     assert header.tensors["blk.0.ffn_up.weight"].dtype == "Q8_0"
 
 
-def test_a_type_left_out_is_the_models_own(tmp_path: Path) -> None:
+def test_the_default_type_is_the_models_dtype(tmp_path: Path) -> None:
     save_gguf(tmp_path / "m.gguf", random_model(SPECS["llama"]).bfloat16())
     assert read_header(tmp_path / "m.gguf").tensors["token_embd.weight"].dtype == "BF16"
     assert load_gguf(tmp_path / "m.gguf")[0].model.norm.weight.dtype == torch.bfloat16
@@ -196,8 +198,8 @@ def test_a_type_left_out_is_the_models_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCK_CODES)
-def test_blocks_of_other_programs(kind: str, tmp_path: Path) -> None:
-    """A file whose matrices are random blocks, by the library's own writer."""
+def test_every_block_type_is_dequantized(kind: str, tmp_path: Path) -> None:
+    """A file of random blocks written by the gguf library, against the library's dequantization."""
     number, columns = gguf.GGMLQuantizationType[kind], 256
     spec = FAMILIES["llama"](**(TINY | {"dim": columns, "hidden_dim": columns, "n_layers": 1}))
     save_gguf(tmp_path / "plain.gguf", random_model(spec))
@@ -231,7 +233,7 @@ def test_blocks_of_other_programs(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(model.blocks[0].attn.wq.weight.detach().numpy(), q.swapaxes(1, 2).reshape(256, 256))
 
 
-def test_plain_weights_stay_in_the_files_pages(tmp_path: Path) -> None:
+def test_unquantized_weights_are_memory_mapped(tmp_path: Path) -> None:
     file = written(tmp_path, "qwen3")
     before = file.read_bytes()
     model = load_gguf(file)[0].model
@@ -243,13 +245,13 @@ def test_plain_weights_stay_in_the_files_pages(tmp_path: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_a_file_becomes_a_folder_again(tmp_path: Path) -> None:
+def test_a_file_is_saved_as_a_folder(tmp_path: Path) -> None:
     llm = oneblock.load(written(tmp_path, "gemma2"))
     llm.save(tmp_path / "folder")
     assert same(oneblock.load(tmp_path / "folder").model, random_model(SPECS["gemma2"]))
 
 
-# ------------------------------------------------------------------ what has no place
+# ------------------------------------------------------------------ models that GGUF cannot express
 
 REFUSED = {
     "hidden_act": FAMILIES["llama"](**TINY, act="gelu"),
@@ -263,7 +265,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("part", REFUSED)
-def test_a_model_that_would_come_back_as_another_is_refused(part: str, tmp_path: Path) -> None:
+def test_a_model_that_gguf_cannot_express_is_refused(part: str, tmp_path: Path) -> None:
     with pytest.raises(OneblockError, match=part):
         save_gguf(tmp_path / "m.gguf", Decoder(REFUSED[part]))
     assert list(tmp_path.iterdir()) == []
@@ -293,7 +295,7 @@ TEXTS = [
 ]
 
 
-def through_a_file(tokenizer: Tokenizer, folder: Path, rows: int | None = None) -> tuple[Tokenizer, dict[str, Any]]:
+def round_trip(tokenizer: Tokenizer, folder: Path, rows: int | None = None) -> tuple[Tokenizer, dict[str, Any]]:
     spec = FAMILIES["llama"](
         vocab=rows or tokenizer.vocab_size, dim=4, n_heads=2, hidden_dim=4, n_layers=1, context=8, tied=True
     )
@@ -304,7 +306,7 @@ def through_a_file(tokenizer: Tokenizer, folder: Path, rows: int | None = None) 
 
 
 @pytest.mark.parametrize(
-    ("file", "kind", "cut"),
+    ("file", "kind", "pre"),
     [
         ("tokenizers/llama2", "llama", "default"),
         ("tokenizers/llama3", "gpt2", "llama-bpe"),
@@ -315,10 +317,10 @@ def through_a_file(tokenizer: Tokenizer, folder: Path, rows: int | None = None) 
         ("weights/stories260k", "llama", "default"),
     ],
 )
-def test_real_tokenizers_give_the_same_ids(file: str, kind: str, cut: str, data: Path, tmp_path: Path) -> None:
+def test_real_tokenizers_give_the_same_ids(file: str, kind: str, pre: str, data: Path, tmp_path: Path) -> None:
     ours = Tokenizer.load(data / file)
-    again, settings = through_a_file(ours, tmp_path)
-    assert (settings["tokenizer.ggml.model"], settings["tokenizer.ggml.pre"]) == (kind, cut)
+    again, settings = round_trip(ours, tmp_path)
+    assert (settings["tokenizer.ggml.model"], settings["tokenizer.ggml.pre"]) == (kind, pre)
     assert (again.special, again.eos_ids, again.bos_id) == (ours.special, ours.eos_ids, ours.bos_id)
     assert (again.chat_template, again.tool_template) == (ours.chat_template, ours.tool_template)
     prose = (data / "text/alice.txt").read_text("utf-8")[:100_000]
@@ -328,37 +330,41 @@ def test_real_tokenizers_give_the_same_ids(file: str, kind: str, cut: str, data:
         assert again.decode(ids) == ours.decode(ids)
         assert again.encode(text, special=True) == ours.encode(text, special=True)
     if find_spec("llama_cpp"):
-        found = peer(tmp_path / "m.gguf", vocab_only=True)
+        found = llama_cpp_model(tmp_path / "m.gguf", vocab_only=True)
         for text in [*TEXTS[:-2], prose]:
             assert found.tokenize(text.encode(), add_bos=False, special=False) == ours.encode(text, bos=False)
         assert found.tokenize(b"a", special=False) == ours.encode("a")
 
 
-def test_tokenizers_made_here(tmp_path: Path) -> None:
-    made = [pieces(), train_bpe(["the cat sat on the mat. " * 20, "def f(x):\n    return x\n" * 9], 300), byte_level()]
+def test_trained_tokenizers_give_the_same_ids(tmp_path: Path) -> None:
+    made = [
+        sentencepiece_tokenizer(),
+        train_bpe(["the cat sat on the mat. " * 20, "def f(x):\n    return x\n" * 9], 300),
+        byte_level(),
+    ]
     for ours in made:
-        again, _ = through_a_file(ours, tmp_path, rows=320)
+        again, _ = round_trip(ours, tmp_path, rows=320)
         assert again.vocab_size == ours.vocab_size
         assert (again.special, again.eos_ids, again.bos_id) == (ours.special, ours.eos_ids, ours.bos_id)
         assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
-def test_chat_templates_and_several_ends(tmp_path: Path) -> None:
+def test_chat_templates_and_several_eos_ids(tmp_path: Path) -> None:
     config = {"bos_token": "<|a|>", "eos_token": "<|b|>", "add_bos_token": True}
     backend = train_bpe(["the cat sat on the mat. " * 9], 290, special=("<|a|>", "<|b|>", "<|c|>")).backend
     ours = Tokenizer(backend, config, "{{ messages[0].content }}<|c|>", "{{ tools }}", eos_ids=(2,))
-    again, settings = through_a_file(ours, tmp_path)
+    again, settings = round_trip(ours, tmp_path)
     assert (again.chat_template, again.tool_template) == ("{{ messages[0].content }}<|c|>", "{{ tools }}")
     assert (again.eos_ids, again.bos_id) == ((1, 2), 0)
     assert settings["tokenizer.ggml.eot_token_id"] == 2
     assert oneblock.load(tmp_path / "m.gguf").eos_ids == {1, 2}
 
 
-def test_tokenizers_that_have_no_place(tmp_path: Path) -> None:
+def test_tokenizers_that_gguf_cannot_express(tmp_path: Path) -> None:
     with pytest.raises(OneblockError, match="cannot express this kind of tokenizer; export with --no-tokenizer"):
-        through_a_file(characters("abc"), tmp_path)
+        round_trip(characters("abc"), tmp_path)
     with pytest.raises(OneblockError, match="has 300 ids, more than the embedding's 20"):
-        through_a_file(train_bpe(["the cat " * 50, "def f(x): return x" * 9, *TEXTS], 300), tmp_path, rows=20)
+        round_trip(train_bpe(["the cat " * 50, "def f(x): return x" * 9, *TEXTS], 300), tmp_path, rows=20)
 
 
 # ------------------------------------------------------------------ a trained model
@@ -371,7 +377,7 @@ def stories(data: Path) -> tuple[LLM, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("type", "least"), [("f32", 200), ("f16", 200), ("q8_0", 100)])
-def test_a_trained_llama_writes_the_same(
+def test_a_trained_llama_generates_the_same(
     type: str, least: int, stories: tuple[LLM, dict[str, Any]], tmp_path: Path
 ) -> None:
     llm, expected = stories
@@ -384,7 +390,7 @@ def test_a_trained_llama_writes_the_same(
     assert least < 200 or found.text == expected["greedy_text"]
 
 
-def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_export_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = str(data / "weights/stories260k"), tmp_path / "new" / "stories.gguf"
     assert main(["export", folder, str(out), "--type", "q8_0"]) == 0
     assert "stories.gguf: 345 kB" in capsys.readouterr().out
@@ -408,10 +414,10 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 # ------------------------------------------------------------------ llama.cpp itself
 
 
-def test_llama_cpp_writes_the_same(stories: tuple[LLM, dict[str, Any]], tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_same(stories: tuple[LLM, dict[str, Any]], tmp_path: Path) -> None:
     llm, expected = stories
     save_gguf(tmp_path / "stories.gguf", llm.model, llm.tokenizer, "f32")
-    found = peer(tmp_path / "stories.gguf", n_ctx=512)
+    found = llama_cpp_model(tmp_path / "stories.gguf", n_ctx=512)
     assert found.tokenize(b"Once upon a time") == llm.encode("Once upon a time")
     ids = []
     for id in found.generate(expected["prompt_ids"], temp=0.0, repeat_penalty=1.0):
@@ -422,10 +428,12 @@ def test_llama_cpp_writes_the_same(stories: tuple[LLM, dict[str, Any]], tmp_path
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
-    """To rounding; of GELU it has a table in 16 bits. Windows it passes over but for Gemma's."""
+def test_llama_cpp_computes_the_same_logits(name: str, tmp_path: Path) -> None:
+    """Up to rounding: llama.cpp has a 16-bit table of GELU. It ignores sliding windows except Gemma's."""
     tokenizer = train_bpe(["the cat sat on the mat. " * 20], 290)
-    found = peer(written(tmp_path, name, "f32", tokenizer), n_ctx=256, n_batch=256, type_k=0, type_v=0, logits_all=True)
+    found = llama_cpp_model(
+        written(tmp_path, name, "f32", tokenizer), n_ctx=256, n_batch=256, type_k=0, type_v=0, logits_all=True
+    )
     ids = [i * 37 % 290 for i in range(9 if SPECS[name].layers[0].attn.window and "gemma" not in name else 60)]
     found.eval(ids)
     theirs = torch.tensor(np.array(found.scores[: len(ids)]))
@@ -436,8 +444,8 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("type", "number"), [("Q4_K", 15), ("Q5_K", 17), ("Q6_K", 18), ("Q2_K", 10)])
-def test_files_that_llama_cpp_quantised(type: str, number: int, tmp_path: Path) -> None:
-    """Its logits are nearer to ours from the same file than either are to those before; it rounds activations too."""
+def test_files_that_llama_cpp_quantized(type: str, number: int, tmp_path: Path) -> None:
+    """Logits of the same quantized file agree better than quantized and original ones; llama.cpp rounds activations."""
     llama_cpp = pytest.importorskip("llama_cpp")
     model = random_model(FAMILIES["llama"](**(TINY | {"dim": 256, "hidden_dim": 512})))
     with torch.no_grad():
@@ -452,7 +460,7 @@ def test_files_that_llama_cpp_quantised(type: str, number: int, tmp_path: Path) 
     kinds = [entry.dtype for entry in read_header(tmp_path / "small.gguf").tensors.values()]
     assert kinds.count(type) > 10
     ids = [i * 37 % 290 for i in range(40)]
-    found = peer(tmp_path / "small.gguf", n_ctx=256, type_k=0, type_v=0, logits_all=True)
+    found = llama_cpp_model(tmp_path / "small.gguf", n_ctx=256, type_k=0, type_v=0, logits_all=True)
     found.eval(ids)
     theirs = torch.tensor(np.array(found.scores[: len(ids)]))
     with torch.no_grad():
@@ -462,11 +470,11 @@ def test_files_that_llama_cpp_quantised(type: str, number: int, tmp_path: Path) 
     assert (ours - theirs).abs().max() < 0.1 * ours.abs().max()
 
 
-# ------------------------------------------------------------------ damaged and strange files
+# ------------------------------------------------------------------ damaged files
 
 
-def pieces() -> Tokenizer:
-    """A small vocabulary of SentencePiece's kind."""
+def sentencepiece_tokenizer() -> Tokenizer:
+    """A small SentencePiece tokenizer."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "ab", "\u2581ab"]
     merges = [("a", "b"), ("\u2581", "ab")]
     model = models.BPE(
@@ -481,9 +489,9 @@ def pieces() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small file with everything in it: both kinds of tensors, arrays, texts, a tokenizer with merges."""
-    folder = tmp_path_factory.mktemp("whole")
+def bpe_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small file: fp32 and block-quantized tensors, arrays, strings, a BPE tokenizer."""
+    folder = tmp_path_factory.mktemp("bpe")
     tokenizer = train_bpe(["the cat sat on the mat. " * 9], 270, special=("<|a|>", "<|b|>"))
     spec = FAMILIES["llama"](vocab=270, dim=32, n_heads=2, n_layers=1, hidden_dim=32, context=16, rope=LLAMA3)
     save_gguf(folder / "m.gguf", random_model(spec), tokenizer, "q8_0")
@@ -491,17 +499,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Another: windows, caps, a tokenizer with scores."""
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small file: sliding windows, soft caps, a SentencePiece tokenizer."""
     folder = tmp_path_factory.mktemp("other")
     spec = FAMILIES["gemma2"](vocab=270, dim=32, n_heads=2, n_layers=2, hidden_dim=32, head_dim=16, query_scalar=16)
-    save_gguf(folder / "m.gguf", random_model(spec), pieces(), "bf16")
+    save_gguf(folder / "m.gguf", random_model(spec), sentencepiece_tokenizer(), "bf16")
     return (folder / "m.gguf").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """And one of experts."""
+def moe_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small file: experts, no tokenizer."""
     folder = tmp_path_factory.mktemp("mixed")
     sizes = {"vocab": 64, "dim": 32, "n_heads": 2, "n_layers": 2, "head_dim": 16}
     spec = FAMILIES["qwen3_moe"](**sizes, expert_hidden_dim=32, n_experts=3, top_k=2, renormalize=True)
@@ -519,15 +527,15 @@ def refusal(path: Path, data: bytes) -> str:
     return message
 
 
-def resized(whole: bytes, key: str, change: Callable[[bytes], bytes]) -> bytes:
-    """The file with what follows a key changed."""
-    at = whole.index(key.encode()) + len(key)
-    return whole[:at] + change(whole[at:])
+def change_after(bpe_file: bytes, key: str, change: Callable[[bytes], bytes]) -> bytes:
+    """The file with the bytes after a key changed."""
+    at = bpe_file.index(key.encode()) + len(key)
+    return bpe_file[:at] + change(bpe_file[at:])
 
 
 @pytest.mark.parametrize("count", [0, 3, 4, 8, 23, 24, 200, 5000, -1, -40])
-def test_files_cut_short(count: int, whole: bytes, tmp_path: Path) -> None:
-    assert "download it again" in refusal(tmp_path / "m.gguf", whole[:count])
+def test_truncated_files(count: int, bpe_file: bytes, tmp_path: Path) -> None:
+    assert "download it again" in refusal(tmp_path / "m.gguf", bpe_file[:count])
 
 
 BAD: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
@@ -567,16 +575,16 @@ BAD: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_headers_that_do_not_describe_the_file(message: str, whole: bytes, tmp_path: Path) -> None:
+def test_headers_that_do_not_match_the_file(message: str, bpe_file: bytes, tmp_path: Path) -> None:
     key, change = BAD[message]
-    data = resized(whole, key, change) if key else change(whole)
+    data = change_after(bpe_file, key, change) if key else change(bpe_file)
     if "is missing" in message:
-        data = whole.replace(b"output_norm.weight", b"output_nork.weight")
+        data = bpe_file.replace(b"output_norm.weight", b"output_nork.weight")
     assert message in refusal(tmp_path / "m.gguf", data)
 
 
-def with_settings(path: Path, **more: Any) -> Path:
-    """A file of no tensors."""
+def write_metadata_file(path: Path, **more: Any) -> Path:
+    """A file without tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in more.items():
         kind = {int: "add_uint32", str: "add_string", list: "add_array"}[type(value)]
@@ -588,18 +596,18 @@ def with_settings(path: Path, **more: Any) -> Path:
     return path
 
 
-def test_messages_stay_short(tmp_path: Path) -> None:
+def test_errors_stay_short(tmp_path: Path) -> None:
     numbers, letters = list(range(5000)), "x" * 100_000
     for more in ({"llama__block_count": numbers}, {"general__architecture": letters}, {"llama__block_count": letters}):
         with pytest.raises(OneblockError) as error:
-            load_gguf(with_settings(tmp_path / "m.gguf", **more))
+            load_gguf(write_metadata_file(tmp_path / "m.gguf", **more))
         assert len(str(error.value)) < 400
         assert "\n" not in str(error.value)
     with pytest.raises(OneblockError, match=r"llama\.expert_count is 8, but the tensors hold 0 experts"):
-        load_gguf(with_settings(tmp_path / "m.gguf", llama__expert_count=8))
+        load_gguf(write_metadata_file(tmp_path / "m.gguf", llama__expert_count=8))
     more = {"general__architecture": "gemma", "gemma__expert_count": 8}
     with pytest.raises(OneblockError, match="is a mixture of experts of architecture 'gemma'"):
-        load_gguf(with_settings(tmp_path / "m.gguf", **more))
+        load_gguf(write_metadata_file(tmp_path / "m.gguf", **more))
 
 
 def test_without_the_library() -> None:
@@ -611,13 +619,13 @@ def test_without_the_library() -> None:
 
 def test_one_of_several_parts(tmp_path: Path) -> None:
     with pytest.raises(OneblockError, match="one of several parts"):
-        load_gguf(with_settings(tmp_path / "m.gguf", split__count=3))
+        load_gguf(write_metadata_file(tmp_path / "m.gguf", split__count=3))
     with pytest.raises(OneblockError, match="cannot be read"):
         load_gguf(tmp_path / "none.gguf")
 
 
-def mutated(data: bytes, rng: random.Random, header: int) -> bytes:
-    """One to four changes, nine of ten in the header: bytes, numbers of 4 and 8 bytes, pieces gone or doubled."""
+def mutate(data: bytes, rng: random.Random, header: int) -> bytes:
+    """One to four mutations, 90% in the header: bytes, 4- and 8-byte integers, ranges removed or repeated."""
     found = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(min(len(found), header) if rng.random() < 0.9 else len(found))
@@ -639,12 +647,12 @@ def mutated(data: bytes, rng: random.Random, header: int) -> bytes:
     return bytes(found[: rng.randrange(len(found))] if found and rng.random() < 0.05 else found)
 
 
-def fuzz(whole: bytes, path: Path, count: int, seed: int) -> tuple[int, int]:
-    """How many changed files loaded and how many were refused; any other end is a failure."""
+def fuzz(bpe_file: bytes, path: Path, count: int, seed: int) -> tuple[int, int]:
+    """The numbers of mutated files that loaded and that were refused; anything else fails."""
     rng, loaded = random.Random(seed), 0
-    header = whole.index(b"output_norm.weight") + 1000
+    header = bpe_file.index(b"output_norm.weight") + 1000
     for i in range(count):
-        path.write_bytes(mutated(whole, rng, header))
+        path.write_bytes(mutate(bpe_file, rng, header))
         try:
             load_gguf(path)
             loaded += 1
@@ -655,10 +663,12 @@ def fuzz(whole: bytes, path: Path, count: int, seed: int) -> tuple[int, int]:
     return loaded, count - loaded
 
 
-def test_changed_files_load_or_are_refused(whole: bytes, other: bytes, mixed: bytes, tmp_path: Path) -> None:
+def test_mutated_files_load_or_are_refused(
+    bpe_file: bytes, sentencepiece_file: bytes, moe_file: bytes, tmp_path: Path
+) -> None:
     count = int(os.environ.get("ONEBLOCK_FUZZ", "2400")) // 3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed, data in enumerate((whole, other, mixed)):
+    for seed, data in enumerate((bpe_file, sentencepiece_file, moe_file)):
         loaded, refused = fuzz(data, tmp_path / "m.gguf", count, seed)
         assert min(loaded, refused) > count // 40
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
@@ -666,6 +676,8 @@ def test_changed_files_load_or_are_refused(whole: bytes, other: bytes, mixed: by
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_hundred_thousand_changed_files(whole: bytes, other: bytes, mixed: bytes, tmp_path: Path) -> None:
+def test_a_hundred_thousand_mutated_files(
+    bpe_file: bytes, sentencepiece_file: bytes, moe_file: bytes, tmp_path: Path
+) -> None:
     for seed in range(100, 110):
-        fuzz((whole, other, mixed)[seed % 3], tmp_path / "m.gguf", 10_000, seed)
+        fuzz((bpe_file, sentencepiece_file, moe_file)[seed % 3], tmp_path / "m.gguf", 10_000, seed)

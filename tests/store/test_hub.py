@@ -1,4 +1,4 @@
-"""Names to folders, against a hub of our own on this machine."""
+"""Downloads by name, against a local HTTP server with the hub's interface."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" *
 
 @dataclass
 class Hub:
-    """One repository, `tiny/llama`, with two revisions; `tiny/private` wants the token "secret"."""
+    """One repository, `tiny/llama`, with two revisions; `tiny/private` requires the token "secret"."""
 
     files: dict[str, bytes]
     address: str = ""
@@ -37,7 +37,7 @@ class Hub:
 
 
 def answer(hub: Hub, path: str, token: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body: the few calls of the hub's interface that a download makes."""
+    """Status, headers and body of the API calls that a download makes."""
     parts = unquote(path).partition("?")[0].strip("/").split("/")
     api = parts[:2] == ["api", "models"]
     repo, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
@@ -97,12 +97,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("repository") / "llama"
     torch.manual_seed(0)
     save_model(folder, Decoder(FAMILIES["llama"](vocab=11, dim=8, n_heads=2, n_layers=1, hidden_dim=8)))
-    wanted = {path.name: path.read_bytes() for path in folder.iterdir()}
-    wanted |= {"tokenizer.json": b"{}", "tokenizer.model": b"x", "merges.txt": b"x", "chat_template.jinja": b"x"}
-    unwanted = ("pytorch_model.bin", "modeling.py", "original/params.json", "README.md", "consolidated.safetensors")
-    found = Hub(wanted | dict.fromkeys(unwanted, b"no"))
-    server = serve(found)
-    yield found
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"tokenizer.json": b"{}", "tokenizer.model": b"x", "merges.txt": b"x", "chat_template.jinja": b"x"}
+    ignored = ("pytorch_model.bin", "modeling.py", "original/params.json", "README.md", "consolidated.safetensors")
+    repository = Hub(files | dict.fromkeys(ignored, b"no"))
+    server = serve(repository)
+    yield repository
     server.shutdown()
     server.server_close()
 
@@ -122,7 +122,7 @@ except OneblockError as error:
 
 
 def ask(name: str, home: Path, address: str, **environment: str) -> tuple[int, str]:
-    """The exit status and output of a process of its own: the library reads its settings when it is imported."""
+    """Exit status and output of a new process: huggingface_hub reads its settings at import."""
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -133,7 +133,7 @@ def ask(name: str, home: Path, address: str, **environment: str) -> tuple[int, s
     return run.returncode, run.stdout.strip()
 
 
-def test_a_name_is_downloaded_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
+def test_a_downloaded_model_loads_offline(hub: Hub, tmp_path: Path) -> None:
     status, folder = ask("tiny/llama", tmp_path, hub.address)
     assert status == 0, folder
     assert Path(folder).is_relative_to(tmp_path)
@@ -147,7 +147,7 @@ def test_a_name_is_downloaded_and_then_found_offline(hub: Hub, tmp_path: Path) -
     assert ask("tiny/llama", tmp_path, nowhere, HF_HUB_OFFLINE="1") == (0, folder)
 
 
-def test_a_revision_is_another_folder(hub: Hub, tmp_path: Path) -> None:
+def test_revisions_have_their_own_folders(hub: Hub, tmp_path: Path) -> None:
     folders = [
         ask(name, tmp_path, hub.address)[1] for name in ("tiny/llama", "tiny/llama@v2", "tiny/llama@" + "b" * 40)
     ]
@@ -170,7 +170,7 @@ def test_the_token_is_sent(hub: Hub, tmp_path: Path) -> None:
         ("tiny/nothing", "tiny/nothing: no such local folder, and no such model on the hub"),
     ],
 )
-def test_names_that_are_not_there(name: str, message: str, hub: Hub, tmp_path: Path) -> None:
+def test_unknown_names(name: str, message: str, hub: Hub, tmp_path: Path) -> None:
     status, output = ask(name, tmp_path, hub.address)
     assert status == 1
     assert output.startswith(message)
@@ -178,14 +178,14 @@ def test_names_that_are_not_there(name: str, message: str, hub: Hub, tmp_path: P
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_a_hub_that_cannot_be_reached(offline: str, tmp_path: Path) -> None:
+def test_an_unreachable_hub(offline: str, tmp_path: Path) -> None:
     status, output = ask("tiny/llama", tmp_path, "http://127.0.0.1:1", HF_HUB_OFFLINE=offline)
     assert status == 1
     assert output.startswith("tiny/llama: no such local folder, not in the cache, and the hub cannot be reached")
     assert "\n" not in output
 
 
-def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))

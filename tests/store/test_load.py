@@ -1,4 +1,4 @@
-"""Folders to models: every way a folder may name and split its tensors, and what loading costs."""
+"""Loading folders: naming schemes, shards, dtypes, tied heads, memory mapping and peak memory."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from oneblock.store.save import write_model
 Tensors = dict[str, Tensor]
 
 
-def random_model(wanted: Spec, dtype: torch.dtype = torch.float32) -> Decoder:
+def random_model(spec: Spec, dtype: torch.dtype = torch.float32) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(wanted)
+    model = Decoder(spec)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape))
     return model.to(dtype)
 
 
-def folder_of(tmp_path: Path, wanted: Spec, dtype: torch.dtype = torch.float32) -> tuple[Path, Decoder]:
-    model = random_model(wanted, dtype)
+def folder_of(tmp_path: Path, spec: Spec, dtype: torch.dtype = torch.float32) -> tuple[Path, Decoder]:
+    model = random_model(spec, dtype)
     save_model(tmp_path / "model", model)
     return tmp_path / "model", model
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    """The folder's weights again, renamed or changed, written by the safetensors library itself."""
+    """Rename or change the folder's tensors, written by the safetensors library."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(change(tensors), folder / "model.safetensors")
 
@@ -49,10 +49,10 @@ def same(a: Decoder, b: Decoder) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-# ------------------------------------------------------------------ without a copy
+# ------------------------------------------------------------------ memory mapping
 
 
-def test_weights_stay_in_the_pages_of_the_file(tmp_path: Path) -> None:
+def test_weights_are_memory_mapped(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["llama"]())
     loaded = load_model(folder).model
     assert same(loaded, model)
@@ -65,7 +65,7 @@ def test_weights_stay_in_the_pages_of_the_file(tmp_path: Path) -> None:
         assert any(int(low, 16) <= min(places) and max(places) < int(high, 16) for low, high in bounds)
 
 
-def test_writing_to_the_weights_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_writing_to_mapped_weights_does_not_change_the_file(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["llama"]())
     before = (folder / "model.safetensors").read_bytes()
     first, second = load_model(folder).model, load_model(folder).model
@@ -77,7 +77,7 @@ def test_writing_to_the_weights_leaves_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_saving_over_the_loaded_folder(tmp_path: Path) -> None:
-    """The pages of the file that was replaced stay."""
+    """The map of the replaced file stays valid."""
     folder, model = folder_of(tmp_path, FAMILIES["llama"]())
     loaded = load_model(folder)
     save_model(folder, random_model(FAMILIES["llama"](n_layers=1)))
@@ -86,7 +86,7 @@ def test_saving_over_the_loaded_folder(tmp_path: Path) -> None:
     assert same(load_model(folder).model, model)
 
 
-def test_fused_rows_are_parts_of_one_map(tmp_path: Path) -> None:
+def test_fused_tensors_are_slices_of_one_map(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["phi3"](n_kv_heads=2))
     attn = load_model(folder).model.blocks[0].attn
     assert attn.wk.weight.data_ptr() - attn.wq.weight.data_ptr() == attn.wq.weight.nbytes
@@ -111,8 +111,8 @@ def test_loaded_weights_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "llama4", "phi3"])
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_dtypes_are_kept_or_changed(family: str, dtype: str, tmp_path: Path) -> None:
-    wanted = getattr(torch, dtype)
-    folder, model = folder_of(tmp_path, FAMILIES[family](), wanted)
+    target = getattr(torch, dtype)
+    folder, model = folder_of(tmp_path, FAMILIES[family](), target)
     kept, changed = load_model(folder), load_model(folder, dtype="float32")
     assert same(kept.model, model)
     assert kept.config["dtype"] == dtype
@@ -123,7 +123,7 @@ def test_dtypes_are_kept_or_changed(family: str, dtype: str, tmp_path: Path) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss"])
-def test_weights_go_to_an_accelerator(family: str, tmp_path: Path) -> None:
+def test_weights_are_loaded_to_an_accelerator(family: str, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     folder, model = folder_of(tmp_path, FAMILIES[family]())
@@ -134,7 +134,7 @@ def test_weights_go_to_an_accelerator(family: str, tmp_path: Path) -> None:
     assert same(load_model(tmp_path / "again").model, model.bfloat16())
 
 
-def test_the_dtype_of_most_weights_is_everyones(tmp_path: Path) -> None:
+def test_the_default_dtype_is_that_of_most_weights(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["llama"](), torch.bfloat16)
     rewrite(folder, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"].float()})
     loaded = load_model(folder).model
@@ -142,7 +142,7 @@ def test_the_dtype_of_most_weights_is_everyones(tmp_path: Path) -> None:
     assert same(loaded, model)
 
 
-def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_unsupported_dtypes_are_refused(tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path, FAMILIES["llama"]())
     for dtype in ("int8", "float33", "Tensor"):
         with pytest.raises(OneblockError, match=f"'{dtype}' is not supported; choose one of float64"):
@@ -150,7 +150,7 @@ def test_a_dtype_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["mps:7", "tpu", None, "meta", 3])
-def test_a_device_that_is_not_there(device: Any, tmp_path: Path) -> None:
+def test_unavailable_devices_are_refused(device: Any, tmp_path: Path) -> None:
     folder, _ = folder_of(tmp_path, FAMILIES["llama"]())
     with pytest.raises(OneblockError, match=rf"^device '{device}' is not available here; available: cpu[^\n]*$"):
         load_model(folder, device=device)
@@ -159,7 +159,7 @@ def test_a_device_that_is_not_there(device: Any, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ names
 
 
-def test_files_without_the_prefix_load_and_save_so(tmp_path: Path) -> None:
+def test_files_without_the_prefix_load_and_save(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["gpt2"]())
     mask = torch.ones(1, 1, 4, 4)
 
@@ -176,14 +176,14 @@ def test_files_without_the_prefix_load_and_save_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma"])
-def test_every_prefix_may_be_left_out(family: str, tmp_path: Path) -> None:
+def test_every_prefix_is_optional(family: str, tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES[family]())
     prefix = "gpt_neox." if family == "gpt_neox" else "model."
     rewrite(folder, lambda tensors: {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     assert same(load_model(folder).model, model)
 
 
-def test_rotary_buffers_are_passed_over(tmp_path: Path) -> None:
+def test_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES["llama"]())
     rewrite(folder, lambda tensors: {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     assert same(load_model(folder).model, model)
@@ -191,7 +191,7 @@ def test_rotary_buffers_are_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["old", "new"])
 @pytest.mark.parametrize(("family", "outer"), [("gemma3", "gemma3"), ("llama4", "llama4"), ("mllama", "mllama")])
-def test_the_text_side_of_an_image_text_folder(family: str, outer: str, form: str, tmp_path: Path) -> None:
+def test_the_text_model_of_an_image_text_folder(family: str, outer: str, form: str, tmp_path: Path) -> None:
     folder, model = folder_of(tmp_path, FAMILIES[family]())
     text = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": outer, "text_config": text, "vision_config": {}}))
@@ -251,8 +251,8 @@ def test_a_stored_head_that_is_the_embedding_stays_tied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_stored_head_of_its_own_unties(dtype: str | None, tmp_path: Path) -> None:
-    """transformers trusts the weights over the configuration here, and so do we."""
+def test_a_stored_head_that_differs_is_untied(dtype: str | None, tmp_path: Path) -> None:
+    """transformers trusts the weights over the configuration, too."""
     folder, _ = folder_of(tmp_path, FAMILIES["llama"](tied=True))
     head = torch.randn(256, 64).bfloat16().float()
     rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": head})
@@ -282,7 +282,7 @@ def test_shards(family: str, tmp_path: Path) -> None:
 
 LARGE = {  # about 300 MB in fp32 each
     "plain": FAMILIES["llama"](dim=1024, n_layers=6, hidden_dim=2816, n_heads=8),
-    "turned": FAMILIES["gpt2"](dim=1024, n_layers=6, n_heads=8),
+    "transposed": FAMILIES["gpt2"](dim=1024, n_layers=6, n_heads=8),
     "stacked": FAMILIES["mixtral"](dim=512, n_layers=6, hidden_dim=1024, n_experts=8),
     "interleaved": FAMILIES["gpt_oss"](dim=512, n_layers=6, hidden_dim=1024, n_experts=8),
 }
@@ -309,9 +309,9 @@ print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
-    for name, wanted in LARGE.items():
+    for name, spec in LARGE.items():
         (folder / name).mkdir()
-        write_model(folder / name, Decoder(wanted))
+        write_model(folder / name, Decoder(spec))
     (folder / "small").mkdir()
     write_model(folder / "small", Decoder(FAMILIES["llama"]()))
     return folder
@@ -320,16 +320,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_takes_the_weights_and_a_tenth_at_most(name: str, dtype: str, large: Path) -> None:
+def test_peak_memory_is_at_most_1_1_times_the_weights(name: str, dtype: str, large: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(large / name), str(large / "small"), dtype, "touch"]
     peak, weights = (int(x) for x in subprocess.check_output(command).split())
     assert weights > 100_000_000
     assert peak < 1.1 * weights
-    assert peak > 0.9 * weights, "the measurement saw nothing"
+    assert peak > 0.9 * weights, "peak memory was not measured"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
-def test_loading_without_a_copy_takes_next_to_nothing(large: Path) -> None:
+def test_mapped_loading_takes_under_5_percent_of_the_weights(large: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(large / "plain"), str(large / "small"), "float32", "leave"]
     peak, weights = (int(x) for x in subprocess.check_output(command).split())
     assert peak < 0.05 * weights

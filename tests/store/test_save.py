@@ -1,4 +1,4 @@
-"""Models to folders: what transformers makes of them, and that no failure costs the old one."""
+"""Saving folders: transformers loads them, other files are kept, and a failure leaves the old folder unchanged."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A saved model with a tokenizer beside it."""
+    """A saved model with a tokenizer file."""
     save_model(tmp_path / "model", random_model(TINY), generation={"temperature": 0.5})
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     return tmp_path / "model"
 
 
-# ------------------------------------------------------------------ what others make of it
+# ------------------------------------------------------------------ contents
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt3"])
-def test_transformers_loads_what_we_made(family: str, tmp_path: Path) -> None:
-    """A model of ours, not one of theirs sent back: same tensors, same logits."""
+def test_transformers_loads_saved_models(family: str, tmp_path: Path) -> None:
+    """A model created here, not a converted one: same logits."""
     transformers.logging.set_verbosity_error()
     model = random_model(FAMILIES[family](vocab=64))
     if family == "mllama":
@@ -65,7 +65,7 @@ def test_transformers_loads_what_we_made(family: str, tmp_path: Path) -> None:
         assert torch.allclose(theirs(input_ids=ids).logits, model(ids), atol=1e-4)
 
 
-def test_an_architecture_that_no_class_has(tmp_path: Path) -> None:
+def test_an_architecture_without_a_hugging_face_class(tmp_path: Path) -> None:
     attn = Attention(2, 1, 8, Rope(interleaved=True), softcap=3.0, sinks=True)
     layers = (Layer(attn, Mlp(24, "relu2", gated=False)), Layer(attn, Mlp(24, clamp=1.0), "sandwich", gated=True))
     for spec in (Spec(20, 16, 3, layers, 64), Spec(20, 16, 2, layers, 64, positions=Positions(64, "sinusoidal"))):
@@ -78,13 +78,13 @@ def test_an_architecture_that_no_class_has(tmp_path: Path) -> None:
         assert torch.equal(loaded.model(ids), model(ids))
 
 
-def test_gpt3_is_saved_in_our_own_form(tmp_path: Path) -> None:
+def test_gpt3_is_saved_in_our_own_format(tmp_path: Path) -> None:
     model = random_model(FAMILIES["gpt3"](n_layers=4, window=8))
     save_model(tmp_path / "m", model, max_shard_size=50_000)
     assert torch.equal(load_model(tmp_path / "m").model(torch.arange(30)[None]), model(torch.arange(30)[None]))
 
 
-def test_the_configuration_must_be_the_models(old: Path) -> None:
+def test_the_configuration_must_match_the_model(old: Path) -> None:
     before = files(old)
     checkpoint = load_model(old)
     with pytest.raises(OneblockError, match="the configuration describes another model"):
@@ -92,7 +92,7 @@ def test_the_configuration_must_be_the_models(old: Path) -> None:
     assert files(old) == before
 
 
-def test_what_was_added_to_a_model_is_not_lost_silently(old: Path) -> None:
+def test_added_parameters_are_not_lost_silently(old: Path) -> None:
     model = random_model(TINY)
     model.blocks[0].attn.register_parameter("adapter", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(OneblockError, match=r"parameter 'blocks\.0\.attn\.adapter' is not the spec's"):
@@ -107,7 +107,7 @@ def test_a_dtype_that_cannot_be_saved(old: Path) -> None:
     assert files(old) == before
 
 
-def test_the_dtype_is_written_down(old: Path) -> None:
+def test_the_dtype_is_recorded(old: Path) -> None:
     loaded = load_model(old, "bfloat16")
     save_model(old, loaded)
     assert json.loads((old / "config.json").read_text())["dtype"] == "bfloat16"
@@ -121,7 +121,7 @@ def test_the_dtype_is_written_down(old: Path) -> None:
 # ------------------------------------------------------------------ the folder
 
 
-def test_other_files_come_along_and_stale_ones_do_not(old: Path) -> None:
+def test_other_files_are_kept_and_old_weights_are_not(old: Path) -> None:
     (old / "notes").mkdir()
     (old / "notes" / "a.txt").write_text("kept")
     (old / "tokenizer.json").chmod(0o640)
@@ -135,7 +135,7 @@ def test_other_files_come_along_and_stale_ones_do_not(old: Path) -> None:
     assert [path.name for path in old.parent.iterdir()] == ["model"]
 
 
-def test_safetensors_of_others_are_kept(old: Path) -> None:
+def test_foreign_safetensors_are_kept(old: Path) -> None:
     """Only the weights that the old index (or model.safetensors) names belong to the old model."""
     for max_shard_size in (700, 5_000_000):
         for name in ("adapter_model.safetensors", "embeddings.safetensors", "other.safetensors.index.json"):
@@ -158,7 +158,7 @@ def test_a_training_checkpoint_is_not_overwritten(old: Path) -> None:
     assert files(old) == before
 
 
-def test_folders_above_are_made_and_links_followed(tmp_path: Path) -> None:
+def test_parent_folders_are_created_and_links_followed(tmp_path: Path) -> None:
     save_model(tmp_path / "a" / "b", random_model(TINY))
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
     save_model(tmp_path / "link", random_model(TINY, seed=1))
@@ -166,7 +166,7 @@ def test_folders_above_are_made_and_links_followed(tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path / "a" / "b").model.embed.weight, random_model(TINY, seed=1).embed.weight)
 
 
-def test_folders_that_are_no_models_are_left_alone(tmp_path: Path) -> None:
+def test_folders_that_are_not_models_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "home" / "pictures").mkdir(parents=True)
     with pytest.raises(OneblockError, match=r"holds folders and no config\.json"):
         save_model(tmp_path / "home", random_model(TINY))
@@ -176,7 +176,7 @@ def test_folders_that_are_no_models_are_left_alone(tmp_path: Path) -> None:
     assert set(files(tmp_path)) == {"file"}
 
 
-def test_a_model_and_what_belongs_to_it_change_together(old: Path) -> None:
+def test_a_model_and_its_tokenizer_change_together(old: Path) -> None:
     before = files(old)
     with pytest.raises(RuntimeError, match="tokenizer"), replace_model_folder(old) as new:
         write_model(new, random_model(TINY, seed=1))
@@ -190,8 +190,8 @@ def test_a_model_and_what_belongs_to_it_change_together(old: Path) -> None:
     assert [path.name for path in old.parent.iterdir()] == ["model"]
 
 
-def test_the_exchange_without_the_systems_help(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where renameat2 is missing two renames do it."""
+def test_folders_are_exchanged_without_renameat2(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three renames instead of one."""
     from oneblock import files as module
 
     monkeypatch.setattr(module, "_rename_exchange", lambda a, b: False)
@@ -225,8 +225,8 @@ except OneblockError as error:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on file sizes")
 @pytest.mark.parametrize("limit", [0, 100, 900, 1500])
-def test_a_write_that_the_system_refuses_leaves_the_old_folder(old: Path, limit: int) -> None:
-    """The real thing: the system stops the file at a size, at the header, in a tensor, in a later shard."""
+def test_a_failed_write_leaves_the_old_folder(old: Path, limit: int) -> None:
+    """A limit on file sizes fails in the header, in a tensor, and in a later shard."""
     before = files(old)
     run = subprocess.run([sys.executable, "-c", SAVE, str(old), str(limit)], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
@@ -241,7 +241,7 @@ def test_a_write_that_the_system_refuses_leaves_the_old_folder(old: Path, limit:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KiB, where mounting one is allowed."""
+    """A mounted disk of 64 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_the_old_folder(small_disk: Path) -> None:
     assert load_model(small_disk / "model").spec == TINY
 
 
-def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission(tmp_path: Path) -> None:
     with pytest.raises(OneblockError, match="could not be written"):
         save_model("/proc/nothing/model", random_model(TINY))
 
@@ -283,7 +283,7 @@ save.write_weights = slow
 )
 
 
-def test_a_killed_process_leaves_the_old_folder_and_its_rest_is_cleared(old: Path) -> None:
+def test_a_killed_process_leaves_the_old_folder_and_its_temporary_one_is_removed(old: Path) -> None:
     before = files(old)
     with subprocess.Popen([sys.executable, "-c", KILLED, str(old), "0"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -295,8 +295,8 @@ def test_a_killed_process_leaves_the_old_folder_and_its_rest_is_cleared(old: Pat
     assert [path.name for path in old.parent.iterdir()] == ["model"]
 
 
-def test_a_reader_never_finds_the_folder_gone(old: Path) -> None:
-    """Saving again and again while looking."""
+def test_the_folder_exists_at_every_moment(old: Path) -> None:
+    """Read while another process saves 40 times."""
     code = SAVE.replace("resource.setrlimit(", "(lambda *a: None)(").replace(
         "    save_model(", "    for _ in range(40): save_model("
     )
