@@ -105,7 +105,7 @@ def changed(value: Any, path: str, owner: Any) -> Iterator[tuple[str, Any]]:
         options = [x for x in CHOICES[name] if x != value]
         yield from ((f"{path}={x}", x) for x in options)
     elif isinstance(value, int):
-        yield path, value * 2 if name == "context" else value + 1
+        yield path, value * 2 if name.endswith("context") else value + 1
     else:
         yield path, value * (100 if name == "eps" else 2) or 0.3
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from oneblock.errors import OneblockError
 from oneblock.spec.build import Builder, Model, unknown_name
-from oneblock.spec.families import cohere, gemma, gpt, gpt_oss, llama, mistral, olmo, phi, qwen
+from oneblock.spec.families import cohere, gemma, gpt, gpt_oss, llama, mistral, olmo, phi, qwen, stablelm
 from oneblock.spec.parts import Spec
 
-MODULES = (gpt, llama, mistral, qwen, gemma, phi, olmo, cohere, gpt_oss)
+MODULES = (gpt, llama, mistral, qwen, gemma, phi, olmo, cohere, gpt_oss, stablelm)
 FAMILIES: dict[str, Builder] = {
     each.name: each for module in MODULES for each in vars(module).values() if isinstance(each, Builder)
 }

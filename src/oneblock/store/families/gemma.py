@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from oneblock.errors import OneblockError
-from oneblock.spec import Rope, Spec
+from oneblock.spec import Spec
 from oneblock.store.families import fields
-from oneblock.store.families.fields import NUMBER, NUMBER_OR_NULL, ConfigTable, Field, Group, Keywords, Raw, Values
+from oneblock.store.families.fields import NUMBER, NUMBER_OR_NULL, ConfigTable, Field
 from oneblock.store.families.llama import ATTENTION, LLAMA_NAMES, MLP, OUTER, QK_NORMS
-from oneblock.store.families.rope import RopeKeys, write_rope
+from oneblock.store.families.rope import LayerTypeRopes, RopeKeys
 from oneblock.store.name_tables import Family, prefix_names
 
 CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -44,36 +43,13 @@ GEMMA2 = ConfigTable(
 )
 
 
-def _read_ropes(values: Values, keywords: Keywords) -> Keywords:
-    """The RoPE of the full and of the sliding-window layers; the older `rope_scaling` is for the full ones alone."""
-    nested = values.raw.get("rope_parameters") or {}
-    if not isinstance(nested, dict) or nested.keys() - {"full_attention", "sliding_attention"}:
-        raise OneblockError("rope_parameters must hold full_attention and sliding_attention; fix it")
-    bases = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-    raws = {kind: {"rope_theta": values.read(key, NUMBER), **(nested.get(kind) or {})} for kind, key in bases.items()}
-    raws["full_attention"] |= values.raw.get("rope_scaling") or {}
-    for raw in raws.values():
-        raw.pop("truncate", None)  # transformers looks for it outside the nested sets, where it is not
-    full, local = (RopeKeys().read_one(values, raw, keywords) for raw in raws.values())
-    return {"rope": full, "rope_local": local}
-
-
-def _write_ropes(spec: Spec) -> Raw:
-    def rope(sliding: bool) -> Rope | None:
-        return next((x.attn.rope for x in spec.pattern if bool(x.attn.window) == sliding), None)
-
-    width = fields.first_attention(spec).head_dim
-    full, local = write_rope(rope(sliding=False), width), write_rope(rope(sliding=True), width)
-    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
-
-
 GEMMA3 = ConfigTable(
     "gemma3",
     # As in transformers, `attn_logit_softcapping` has no effect.
     fields.defaults(262208, 2304, 9216, 26, 8, 4, 131072, **SLIDING)
     | {"final_logit_softcapping": None, "sliding_window_pattern": 6}
     | {"rope_local_base_freq": 10_000.0, "rope_theta": 1_000_000.0},
-    (Group(_read_ropes, _write_ropes), fields.layer_types_group(fields.every)),
+    (LayerTypeRopes(), fields.layer_types_group(fields.every)),
     fields=SCALAR,
     only=CAUSAL,
 )

@@ -1,11 +1,11 @@
-"""OLMo 2, Cohere 2 and gpt-oss."""
+"""OLMo 2 and 3, Cohere 2, gpt-oss and StableLM."""
 
 from __future__ import annotations
 
 from oneblock.store.families import fields
-from oneblock.store.families.fields import NUMBER, ConfigTable, Field
-from oneblock.store.families.llama import ATTENTION, MLP, OUTER, PRE_NORMS, QK_NORMS
-from oneblock.store.families.rope import RopeKeys
+from oneblock.store.families.fields import BIAS, FLAG, NUMBER, ConfigTable, Field
+from oneblock.store.families.llama import ATTENTION, LLAMA_NAMES, MLP, OUTER, PRE_NORMS, QK_NORMS
+from oneblock.store.families.rope import LayerTypeRopes, RopeKeys
 from oneblock.store.name_tables import Family, prefix_names, rule
 
 # ------------------------------------------------------------------ OLMo 2
@@ -17,6 +17,14 @@ OLMO2 = ConfigTable(
 )
 OUTPUT_NORMS = {"post_attention_layernorm": "attn_out", "post_feedforward_layernorm": "mlp_out"}
 OLMO2_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", {**ATTENTION, **QK_NORMS, **MLP, **OUTPUT_NORMS})}
+
+OLMO3 = ConfigTable(
+    "olmo3",
+    OLMO2.defaults
+    | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 4}
+    | {"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
+    (LayerTypeRopes(), fields.layer_types_group(fields.every)),
+)
 
 # ------------------------------------------------------------------ Cohere 2
 
@@ -60,8 +68,24 @@ GPT_OSS_LAYER = {
 }
 GPT_OSS_NAMES = {**OUTER, **prefix_names("model.layers.{n}.", GPT_OSS_LAYER)}
 
+# ------------------------------------------------------------------ StableLM
+
+STABLELM = ConfigTable(
+    "stablelm",
+    fields.defaults(50304, 2560, 6912, 32, 32, 32, 4096, layer_norm_eps=1e-5, head_dim=...)
+    | {"use_qkv_bias": False, "use_parallel_residual": False, "qk_layernorm": False},
+    (RopeKeys(partial=0.25),),
+    fields={
+        "use_qkv_bias": Field("qkv_bias", FLAG, BIAS.get),
+        "use_parallel_residual": Field("parallel", FLAG, lambda spec: spec.pattern[0].residual == "parallel"),
+    },
+    only={"qk_layernorm": (False,)},  # it would have one norm per head
+)
+
 FAMILIES = (
     Family(("olmo2",), "Olmo2ForCausalLM", OLMO2, (OLMO2_NAMES,)),
+    Family(("olmo3",), "Olmo3ForCausalLM", OLMO3, (OLMO2_NAMES,)),
     Family(("cohere2",), "Cohere2ForCausalLM", COHERE2, (COHERE2_NAMES,)),
     Family(("gpt_oss",), "GptOssForCausalLM", GPT_OSS, (GPT_OSS_NAMES,)),
+    Family(("stablelm",), "StableLmForCausalLM", STABLELM, (LLAMA_NAMES,)),
 )

@@ -59,6 +59,29 @@ class RopeKeys:
         return {"rope_parameters": {"partial_rotary_factor": 1.0, **rope} if is_partial else rope}
 
 
+@dataclass(frozen=True)
+class LayerTypeRopes:
+    """The RoPE of the full and of the sliding-window layers; the older `rope_scaling` is for the full ones alone."""
+
+    def read(self, values: Values, keywords: Keywords) -> Keywords:
+        nested = values.raw.get("rope_parameters") or {}
+        if not isinstance(nested, dict) or nested.keys() - {"full_attention", "sliding_attention"}:
+            raise OneblockError("rope_parameters must hold full_attention and sliding_attention; fix it")
+        full = {"rope_theta": values.get("rope_theta"), **(nested.get("full_attention") or {})}
+        local = {"rope_theta": values.get("rope_local_base_freq"), **(nested.get("sliding_attention") or {})}
+        full |= values.raw.get("rope_scaling") or {}
+        for raw in (full, local):
+            raw.pop("truncate", None)  # transformers looks for it outside the nested sets, where it is not
+        one = RopeKeys()
+        return {"rope": one.read_one(values, full, keywords), "rope_local": one.read_one(values, local, keywords)}
+
+    def write(self, spec: Spec) -> Raw:
+        full = next((x.attn for x in spec.pattern if not x.attn.window), None)
+        local = next((x.attn for x in spec.pattern if x.attn.window), None)
+        kinds = {"full_attention": full, "sliding_attention": local}
+        return {"rope_parameters": {kind: write_rope(x.rope, x.head_dim) if x else {} for kind, x in kinds.items()}}
+
+
 def _read_scaling(kind: str, values: Values, raw: Raw, longest: int, dim: int) -> RopeScaling | None:
     key = "original_max_position_embeddings"
     context = values.raw.get(key, values.table.defaults.get(key)) or raw.get(key) or longest
