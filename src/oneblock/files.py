@@ -32,22 +32,13 @@ def report_write_errors(path: str | Path, fix: str = FIX) -> Iterator[None]:
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write; it is renamed to `path` when the block ends without an exception."""
-    target = Path(path).expanduser().resolve()
-    temporary = _temporary_sibling(target)
-    with report_write_errors(path):
+    with _temporary_sibling(path) as (target, temporary):
         if target.exists() and not target.is_file():
             kind = "a folder" if target.is_dir() else "not a regular file"
             raise OneblockError(f"{path}: is {kind}; name the file to write")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(target)
-            yield temporary
-            fsync_file(temporary)
-            temporary.replace(target)
-            fsync_folder(target.parent)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(target)
 
 
 def write_files(folder: str | Path, contents: Mapping[str, str | bytes]) -> None:
@@ -70,23 +61,15 @@ def replace_folder(folder: str | Path, obsolete: Callable[[Path], Collection[str
     Files of the old folder are carried over (hard links where possible), except those with a new version and those
     that `obsolete(old folder)` names.
     """
-    target = Path(folder).expanduser().resolve()
-    temporary = _temporary_sibling(target)
-    with report_write_errors(folder):
+    with _temporary_sibling(folder) as (target, temporary):
         if target.exists() and not target.is_dir():
             raise OneblockError(f"{folder}: is a file; choose a folder to save to")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(target)
-            temporary.mkdir()
-            yield temporary
-            if target.exists():
-                _carry_over(target, temporary, obsolete(target) if obsolete else ())
-            fsync_tree(temporary)
-            exchange_folders(temporary, target)
-            fsync_folder(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # the unfinished folder, or the old one after the exchange
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            _carry_over(target, temporary, obsolete(target) if obsolete else ())
+        fsync_tree(temporary)
+        exchange_folders(temporary, target)
 
 
 def refuse_same_folder(out: str | Path, source: str | Path) -> None:
@@ -149,21 +132,34 @@ def _rename_exchange(a: Path, b: Path) -> bool:
     return renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
 
 
-def _temporary_sibling(target: Path) -> Path:
-    """`.NAME.HOST-PID-RANDOM.new`: hidden, on the same file system, and attributable to its process."""
-    return target.with_name(f".{target.name}.{platform.node()}-{os.getpid()}-{token_hex(4)}.new")
+@contextmanager
+def _temporary_sibling(path: str | Path) -> Iterator[tuple[Path, Path]]:
+    """`path` with its links resolved, and a temporary path beside it that is deleted at the end.
 
-
-def _remove_abandoned(target: Path) -> None:
-    """Delete the temporary siblings that killed processes of this host have left."""
+    The name, `.NAME.HOST-PID-RANDOM.new`, is hidden, on the same file system, and names its process: siblings that
+    killed processes of this host have left are deleted first.
+    """
+    target = Path(path).expanduser().resolve()
     start = f".{target.name}.{platform.node()}-"
-    for path in target.parent.glob(f"{escape(start)}*.new"):
-        pid = path.name.removeprefix(start).partition("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    temporary = target.with_name(f"{start}{os.getpid()}-{token_hex(4)}.new")
+    with report_write_errors(path):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in target.parent.glob(f"{escape(start)}*.new"):
+                pid = abandoned.name.removeprefix(start).partition("-")[0]
+                if pid.isdigit() and not _is_running(int(pid)):
+                    _delete(abandoned)
+            yield target, temporary
+            fsync_folder(target.parent)
+        finally:
+            _delete(temporary)  # the unfinished file or folder, or the old folder after the exchange
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def _is_running(pid: int) -> bool:
