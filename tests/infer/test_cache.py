@@ -91,11 +91,11 @@ def test_the_last_columns_alone_are_the_same(name: str, padded: bool) -> None:
     cache, whole = (KVCache(model.spec, 2, 32, torch.float32, CPU) for _ in range(2))
     for start, end, last in ((0, 13, 1), (13, 20, 3), (20, 21, 1), (21, 32, 11)):
         fed, at = ids[:, start:end], positions[:, start:end] if padded else None
-        some = model.hidden_states(fed, positions=at, cache=cache, last=last)
+        some = model.hidden_states(fed, positions=at, cache=cache, logits_to_keep=last)
         assert asked.pop() == last
         every = model.hidden_states(fed, positions=at, cache=whole)
         torch.testing.assert_close(some, every[:, -last:], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.hidden_states(ids, last=2), model.hidden_states(ids)[:, -2:])
+    torch.testing.assert_close(model.hidden_states(ids, logits_to_keep=2), model.hidden_states(ids)[:, -2:])
 
 
 @pytest.mark.parametrize("name", SPECS)

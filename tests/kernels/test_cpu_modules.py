@@ -20,7 +20,7 @@ from oneblock.model import Decoder, init_weights
 from oneblock.model.context import ForwardContext
 from oneblock.model.mlp import Mlp
 from oneblock.model.norm import Norm
-from oneblock.model.rope import rotate
+from oneblock.model.rope import apply_rope
 from oneblock.quant.formats import quantize_int4, quantize_int8
 from oneblock.quant.linear import QuantizedLinear
 from oneblock.quant.quantize import QuantConfig, quantize
@@ -99,10 +99,12 @@ def test_fused_post_attention(family: str, rows: int, weights: str) -> None:
     x, positions = torch.randn(rows, 1, dim).bfloat16(), torch.zeros(rows, 1, dtype=torch.long)
     with torch.no_grad():
         assert block.can_fuse(x.dtype) == (family != "phi")  # parallel residual: not fused
-        actual = block(x, ForwardContext(positions, ordered=False), 0)
-        assert relative_error(actual, plain(x.float(), ForwardContext(positions, ordered=False), 0)) < 0.015
+        actual = block(x, ForwardContext(positions, has_default_positions=False), 0)
+        assert (
+            relative_error(actual, plain(x.float(), ForwardContext(positions, has_default_positions=False), 0)) < 0.015
+        )
         for _ in range(200):  # any schedule of threads gives the same bits
-            assert torch.equal(block(x, ForwardContext(positions, ordered=False), 0), actual)
+            assert torch.equal(block(x, ForwardContext(positions, has_default_positions=False), 0), actual)
 
 
 @kernels
@@ -236,7 +238,7 @@ def test_apply_rope(heads: int, head_dim: int, part: int) -> None:
     for rows in (1, 2):
         cos, sin = (torch.randn(rows, 1, 7, part // 2).bfloat16() for _ in range(2))
         x = torch.randn(2, 7, heads * head_dim + 5).bfloat16()[..., 5:].unflatten(-1, (heads, head_dim)).transpose(1, 2)
-        exact = rotate(x.float(), cos.float(), sin.float(), False)
+        exact = apply_rope(x.float(), cos.float(), sin.float(), False)
         with torch.inference_mode():
             y = torch.ops.oneblock_cpu.apply_rope(x, cos, sin)
         assert y.is_contiguous()

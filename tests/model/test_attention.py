@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from oneblock.infer.cache import KVCache
-from oneblock.model import Decoder, Dropout, attention, flex
+from oneblock.kernels.attention import blocked_matmul, eager
+from oneblock.kernels.attention.backend import FastAttention
+from oneblock.kernels.attention.flex import flex
+from oneblock.kernels.fast_model import use_fast_kernels
+from oneblock.model import Decoder, Dropout, ForwardContext
 from oneblock.spec import Attention, Layer, Llama3Scaling, Mlp, Moe, Rope, Spec
 
 VARIANTS = {
@@ -34,6 +38,7 @@ def tiny(**changes: object) -> Spec:
 def randomised(spec: Spec, seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
     model = Decoder(spec).eval()
+    use_fast_kernels(model)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.3)
@@ -47,6 +52,14 @@ def ids(length: int, batch: int = 2) -> torch.Tensor:
 @pytest.fixture(params=VARIANTS)
 def spec(request: pytest.FixtureRequest) -> Spec:
     return tiny(**VARIANTS[request.param])
+
+
+def attend(
+    ctx: ForwardContext, a: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """The context's attention of (B, heads, T, D) tensors."""
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    return ctx.layout.to_batch(ctx.attend(0, a, *flat, sinks))
 
 
 @torch.no_grad()
@@ -74,8 +87,8 @@ def test_the_definition(spec: Spec) -> None:
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, n, 21, 8) for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads))
     sinks = torch.randn(a.n_heads) if a.sinks else None
-    ctx = attention.ForwardContext(torch.arange(21)[None], ordered=True)
-    got = attention.attend(q, k, v, a, ctx, 0, sinks)
+    ctx = ForwardContext(torch.arange(21)[None], has_default_positions=True, backend=FastAttention())
+    got = attend(ctx, a, q, k, v, sinks)
     torch.testing.assert_close(got, by_hand(spec, q, k, v, sinks), atol=1e-5, rtol=1e-5)
 
 
@@ -90,9 +103,13 @@ def test_queries_after_keys_of_earlier_passes(spec: Spec, new: int, dtype: torch
     sinks = torch.randn(a.n_heads) if a.sinks else None
     q, k, v = (x.to(dtype) for x in (q, k, v))
     cache = KVCache(spec, 2, 21, dtype)
-    cache.begin(torch.arange(21)[None])
-    ctx = attention.ForwardContext(torch.arange(21 - new, 21)[None], True, 21 - new, cache)
-    got = attention.attend(q[:, :, -new:], k, v, a, ctx, 0, sinks)
+    k_new, v_new = (x[:, :, -new:] for x in (k, v))
+    cache.begin(torch.arange(21 - new)[None])
+    cache.update(0, k[:, :, :-new], v[:, :, :-new])
+    cache.end()
+    cache.begin(torch.arange(21 - new, 21)[None])
+    ctx = ForwardContext(torch.arange(21 - new, 21)[None], True, 21 - new, cache, backend=FastAttention(), batch=2)
+    got = attend(ctx, a, q[:, :, -new:], k_new, v_new, sinks)
     expected = by_hand(spec, q.float(), k.float(), v.float(), sinks)[:, :, -new:]
     torch.testing.assert_close(got.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-2)
 
@@ -108,26 +125,18 @@ def test_masks_from_shapes_equal_masks_from_positions(spec: Spec) -> None:
 def test_blocks_of_queries(spec: Spec, positions: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = randomised(spec), ids(50)
     whole = model(x, positions=positions)
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(eager, "MASK_BLOCK", 8)
     torch.testing.assert_close(model(x, positions=positions), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention(spec: Spec) -> None:
     """The masks and score changes given to FlexAttention, run by torch's eager form of it."""
     model, x = randomised(spec), ids(50)
-    expected, attend, calls = model(x), flex.attend, []
-
-    def eager(*args: object) -> torch.Tensor:
-        calls.append(args)
-        return attend(*args, compiled=False)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(flex, "applies", lambda q, ctx: True)
-    monkeypatch.setattr(flex, "attend", eager)
+    expected = model(x)
+    model.attention_backend = FastAttention(flex)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-    a = spec.layers[0].attn
-    assert bool(calls) == bool(a.window or a.chunk or a.softcap or a.sinks)
 
 
 @torch.no_grad()
@@ -195,19 +204,22 @@ def test_products_of_bf16_stay_as_close_to_the_truth_as_the_fused_kernel(length:
         q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
     )
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert attention._products_pay(q, q.shape[2])
-    got = attention.attend(q, k, v, a, attention.ForwardContext(torch.arange(length)[None], ordered=True), 0, None)
+    assert blocked_matmul.is_faster(q, q.shape[2])
+    ctx = ForwardContext(torch.arange(length)[None], True, backend=FastAttention(), batch=2)
+    got = attend(ctx, a, q, k, v, None)
     assert (got - exact).abs().mean() < 3 * (fused - exact).abs().mean() + 1e-4
     assert (got - exact).abs().max() < 0.05
 
 
 LONG = """
 import resource, torch
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.model import Decoder
 from oneblock.spec import Attention, Layer, Mlp, Rope, Spec
 torch.set_num_threads(1)
 attn = Attention(4, 2, 64, rope=Rope(), {options})
 model = Decoder(Spec(vocab=61, dim=256, n_layers=1, pattern=(Layer(attn, Mlp(64)),), context=16384)).to({dtype})
+use_fast_kernels(model)
 def peak():
     with torch.no_grad():
         model.hidden_states(torch.zeros(1, length, dtype=torch.long), positions={positions})
@@ -236,8 +248,8 @@ def test_16k_prefill_is_not_quadratic_in_memory(options: str, positions: str, dt
 def test_short_texts_train_by_products_to_the_same_gradients(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomised(tiny(n_kv_heads=kv_heads))
     found = []
-    for short in (attention.SHORT, {}):
-        monkeypatch.setattr(attention, "SHORT", short)
+    for limits in (blocked_matmul.MATMUL_MAX_TRAINING_TOKENS, {}):
+        monkeypatch.setattr(blocked_matmul, "MATMUL_MAX_TRAINING_TOKENS", limits)
         model.zero_grad()
         loss = model(ids(40)).log_softmax(-1).square().mean()
         loss.backward()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from oneblock.errors import OneblockError
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.model import Decoder, init_weights
 from oneblock.model import mlp as m
 from oneblock.spec import Attention, Layer, Mlp, Moe, Norm, Positions, Rope, Spec
@@ -65,11 +66,12 @@ def one_token(moe: m.Moe, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MOES)
 @pytest.mark.parametrize("grouped", [True, False])
-def test_experts_equal_one_token_at_a_time(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not grouped:
-        monkeypatch.setattr(m, "groupable", lambda *args: False)
+def test_experts_equal_one_token_at_a_time(name: str, grouped: bool) -> None:
     torch.manual_seed(0)
-    moe = m.Moe(MOES[name], 32)
+    model = Decoder(replace(BASE, n_layers=1, pattern=(replace(BASE.pattern[0], mlp=MOES[name]),)))
+    if grouped:
+        use_fast_kernels(model)
+    moe = model.blocks[0].mlp
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 9, 32)
@@ -78,7 +80,7 @@ def test_experts_equal_one_token_at_a_time(name: str, grouped: bool, monkeypatch
 
 
 @pytest.mark.parametrize("name", MOES)
-def test_grouped_and_looped_gradients_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_grouped_experts_equal_the_reference(name: str) -> None:
     spec = replace(BASE, pattern=(replace(BASE.pattern[0], mlp=MOES[name]),))
     model = randomised(spec)
 
@@ -87,10 +89,10 @@ def test_grouped_and_looped_gradients_agree(name: str, monkeypatch: pytest.Monke
         F.cross_entropy(model(IDS)[0], IDS[0]).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    grouped = gradients()
-    monkeypatch.setattr(m, "groupable", lambda *args: False)
-    assert len(grouped) == len(list(model.parameters()))
-    for a, b in zip(grouped, gradients(), strict=True):
+    reference = gradients()
+    use_fast_kernels(model)
+    assert len(reference) == len(list(model.parameters()))
+    for a, b in zip(reference, gradients(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -137,7 +139,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 def test_learned_positions_have_an_end() -> None:
     model = Decoder(replace(BASE, positions=Positions(16, offset=2)))
-    with pytest.raises(OneblockError, match="20 tokens are over the model's 16 learned positions"):
+    with pytest.raises(OneblockError, match="20 tokens exceed the model's 16 position embeddings"):
         model(IDS)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from oneblock.model.rope import frequencies, rotary_table, rotate, sinusoids
+from oneblock.model.rope import apply_rope, frequencies, rotary_table, sinusoids
 from oneblock.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 
 transformers = pytest.importorskip("transformers")
@@ -86,7 +86,7 @@ def test_a_rotation_turns_pairs_and_leaves_the_rest(interleaved: bool, dim: int 
 
     def turned(x: torch.Tensor, position: int) -> torch.Tensor:
         cos, sin = rotary_table(rope, 16, torch.tensor([[position]]))
-        return rotate(x, cos[:, None], sin[:, None], interleaved)
+        return apply_rope(x, cos[:, None], sin[:, None], interleaved)
 
     near, far = (turned(q, 5 + n) * turned(k, 3 + n) for n in (0, 1000))
     torch.testing.assert_close(near.sum(), far.sum(), atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ What is held of them is their numbers, or of 8 bits codes and a scale for each h
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -66,6 +67,9 @@ class StaticCacheView:
     def key_positions(self, layer: int) -> Tensor:
         return self.positions[self.kinds[layer]]
 
+    def image_kv(self, layer: int) -> None:
+        """None: a compiled step runs text-only."""
+
     def end(self) -> None:
         pass
 
@@ -101,6 +105,8 @@ class KVCache:
         self._length, self._new, self._padded = 0, 0, False
         self._sizes = self._slots()
         self._seen: dict[Kind, Tensor] = {}  # key positions of this pass
+        self._image: weakref.ref[Tensor] | None = None  # whose keys and values `_image_kv` holds
+        self._image_kv: dict[int, tuple[Held, Held]] = {}  # of cross-attention layers, (B, K, S_image, D)
         self._marks: list[Tensor] = []  # for graphs; as they stand when the cache has `_marked` columns
         self._marked = -1
 
@@ -114,8 +120,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """What is reserved for keys and values."""
-        return sum(x.nbytes for held in (*self._keys, *self._values) for x in held or ())
+        """Bytes reserved for keys and values, those of an image included."""
+        images = (held for pair in self._image_kv.values() for held in pair)
+        return sum(x.nbytes for held in (*self._keys, *self._values, *images) for x in held or ())
 
     def size(self, layer: int) -> int:
         """How many columns the layer keeps."""
@@ -161,6 +168,20 @@ class KVCache:
     def end(self) -> None:
         self._length += self._new
         self._new = 0
+
+    def begin_image(self, image: Tensor | None) -> None:
+        if image is None or self._image is None or self._image() is not image:
+            self._image_kv.clear()
+            self._image = None if image is None else weakref.ref(image)
+
+    def update_image(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._image_kv[layer] = encoded(k.to(self.dtype), self.coded), encoded(v.to(self.dtype), self.coded)
+
+    def image_kv(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        if layer not in self._image_kv:
+            return None
+        k, v = self._image_kv[layer]
+        return decoded(k, self.dtype), decoded(v, self.dtype)
 
     # ------------------------------------------------------------------ on disk
 
@@ -270,6 +291,10 @@ class KVCache:
         self._values = [self._rows(x, index) for x in self._values]
         if len(self._positions) > 1:
             self._positions = self._positions[index]
+        for layer, pair in self._image_kv.items():
+            k, v = (tuple(x[index] for x in held) for held in pair)
+            self._image_kv[layer] = k, v
+        self._image = None  # another image, or the same one with fewer rows, is projected anew
 
     def _rows(self, held: Held | None, index: Tensor) -> Held | None:
         if held is None:

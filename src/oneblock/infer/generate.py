@@ -111,13 +111,13 @@ class Sequences:
         """The hidden states of the last positions, (B, last, dim), in chunks where the input is long."""
         length, chunk = ids.shape[1], max(PREFILL_CHUNK // len(ids), last)
         if self._one_chunk or length <= chunk:
-            return self.model.hidden_states(ids, positions=positions, cache=self.cache, last=last)
+            return self.model.hidden_states(ids, positions=positions, cache=self.cache, logits_to_keep=last)
         sizes = [length % chunk or chunk, *[chunk] * ((length - 1) // chunk)]
         split_positions = [None] * len(sizes) if positions is None else positions.split(sizes, 1)
         *early, final = zip(ids.split(sizes, 1), split_positions, strict=True)
         for chunk_ids, chunk_positions in early:
-            self.model.hidden_states(chunk_ids, positions=chunk_positions, cache=self.cache, last=1)
-        return self.model.hidden_states(final[0], positions=final[1], cache=self.cache, last=last)
+            self.model.hidden_states(chunk_ids, positions=chunk_positions, cache=self.cache, logits_to_keep=1)
+        return self.model.hidden_states(final[0], positions=final[1], cache=self.cache, logits_to_keep=last)
 
     def score_draft_tokens(self, draft_ids: Sequence[int]) -> Tensor:
         """Feed one sequence's new tokens and its draft tokens; the logits after the last token and each draft, (n, V).

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.kernels.cpu_modules import optimize_for_cpu
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.model import Decoder
 from oneblock.parallel.process_group import ProcessGroup
 from oneblock.parallel.tensor_parallel import RowParallelLinear, TensorParallel
@@ -44,5 +45,6 @@ def prepare_for_inference(
         TensorParallel(ranks).shard_decoder(model)
     if device is not None:
         model.to(device)
+    use_fast_kernels(model, cpu_operators=True)
     optimize_for_cpu(model)
     return model

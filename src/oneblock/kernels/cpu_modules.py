@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from oneblock import spec as s
 from oneblock.kernels.build import can_use_kernels, use_kernel
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.kernels.linear import (
     MAX_ROWS,
     SkinnyGemmLinear,
@@ -25,7 +26,7 @@ from oneblock.kernels.linear import (
 )
 from oneblock.kernels.substitution import as_subclass, replace_module
 from oneblock.model import Decoder
-from oneblock.model.attention import MIDDLE, Attention, blocked_matmul
+from oneblock.model.attention import Attention
 from oneblock.model.context import ForwardContext
 from oneblock.model.decoder import Block
 from oneblock.model.mlp import Mlp, activate
@@ -42,44 +43,28 @@ def sigmoid_coefficients(spec: s.Mlp) -> tuple[float, float] | None:
 
 
 class FusedAttention(Attention):
-    """Attention with one GEMM for q, k and v, one operator for RoPE, and decode attention on grouped heads."""
+    """Attention with one GEMM for q, k and v and one operator for RoPE."""
 
-    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x is not source:  # cross-attention, or the last layer of a prefill, which needs few queries
-            return super().project(x, source)
+            return super().project_qkv(x, source)
         q, k, v = fused_linear(x, self.wq, self.wk, self.wv)
         return q, k, v
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rope = self.spec.rope
         if not use_kernel(x) or x.stride(-1) != 1 or rope is None or rope.interleaved:
-            return super().turn(x, cos, sin)
-        return torch.ops.oneblock_cpu.apply_rope(x, cos.contiguous(), sin.contiguous())
-
-    def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
-        a, keys = self.spec, k.shape[2]
-        has_kernel = not a.cross and a.softcap is None and self.sinks is None and a.head_dim % 32 == 0
-        if not has_kernel or not can_use_kernels(q) or k.dtype != q.dtype or ctx.documents is not None:
-            return super().read(q, k, v, ctx, layer)
-        scale = a.scale or a.head_dim**-0.5
-        if q.shape[2] == 1:
-            mask = ctx.mask(a, layer, slice(0, 1), slice(0, keys))[:, 0, 0]
-            return torch.ops.oneblock_cpu.decode_attention(q.contiguous(), k, v, mask.contiguous(), scale)
-        if use_kernel(q) and keys <= MIDDLE and ctx.sees(a, keys) in ("causal", "later"):
-
-            def softmax(q: Tensor, k: Tensor, groups: int) -> Tensor:
-                scores = torch.bmm(q, k.transpose(1, 2))
-                torch.ops.oneblock_cpu.causal_softmax(scores, q.shape[1] // groups, scale)
-                return scores
-
-            return blocked_matmul(q, k, v, softmax)
-        return super().read(q, k, v, ctx, layer)
+            return super().rotate(x, cos, sin)
+        # Tokens become rows of length one: the operator stores its output row by row, as attention reads it.
+        rows = len(x) if cos.shape[1] > 1 else len(cos)
+        cos, sin = (table.expand(rows, -1, -1, -1).flatten(0, 1)[:, None].contiguous() for table in (cos, sin))
+        return torch.ops.oneblock_cpu.apply_rope(x.flatten(0, 1)[:, :, None], cos, sin).view(x.shape)
 
 
 class FusedMlp(Mlp):
     """An MLP with one GEMM for gate and up and one operator for the activation."""
 
-    def inner(self, x: Tensor) -> Tensor:
+    def hidden_activations(self, x: Tensor) -> Tensor:
         up, gate = (self.up(x), None) if self.gate is None else fused_linear(x, self.up, self.gate)
         h = up if gate is None else gate
         coefficients = sigmoid_coefficients(self.spec)
@@ -112,7 +97,7 @@ class FusedBlock(Block):
         if x.shape[1] > 1 or len(x) > MAX_ROWS or not can_use_kernels(x) or not self.can_fuse(x.dtype):
             return super().forward(x, ctx, layer)
         attn, mlp, norm = self.attn, cast(FusedMlp, self.mlp), cast(Norm, self.mlp_in)
-        y = attn.mixed(self.attn_in(x), ctx, layer)
+        y = attn.attend(self.attn_in(x), ctx, layer)
         args = kernel_args(cast(Any, self.linears_after_attention(mlp)))
         coefficients = sigmoid_coefficients(mlp.spec)
         assert coefficients is not None
@@ -156,6 +141,7 @@ def optimize_for_cpu(model: Decoder) -> None:
     """Replace modules by fused ones, in place. Does nothing on other devices, and nothing the second time."""
     if model.device.type != "cpu":
         return
+    use_fast_kernels(model, cpu_operators=True)
     for name, module in list(model.named_modules()):
         if type(module) in FUSED:
             replace_module(model, name, as_subclass(module, FUSED[type(module)]))

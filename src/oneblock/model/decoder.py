@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from oneblock import spec as s
 from oneblock.errors import OneblockError
-from oneblock.model.attention import Attention, softcap
-from oneblock.model.context import Cache, Dropout, ForwardContext
+from oneblock.model.attention import Attention
+from oneblock.model.context import AttentionBackend, Cache, Dropout, ForwardContext, reference_attention
+from oneblock.model.masked_attention import apply_softcap
 from oneblock.model.mlp import Mlp, Moe
 from oneblock.model.norm import Norm
 from oneblock.model.rope import sinusoids
 
 
 class Block(nn.Module):
-    """Two sublayers joined to the residual stream. Where the norms go:
+    """Attention and MLP sublayers on the residual stream. Where the norms are:
 
     pre           x + f(norm(x))                      GPT-2, Llama, Mistral, Qwen
     post          norm(x + f(x))                      GPT-1
@@ -48,28 +49,30 @@ class Block(nn.Module):
         drop = ctx.dropout
 
         def attn(x: Tensor) -> Tensor:
-            return dropped(self.attn(lowered(x), ctx, layer), drop.residual)
+            return apply_dropout(self.attn(x, ctx, layer), drop.residual)
 
         def mlp(x: Tensor) -> Tensor:
-            return dropped(self.mlp(lowered(x), drop.mlp), drop.residual)
+            return apply_dropout(self.mlp(x, drop.mlp), drop.residual)
 
-        asked = ctx.asked(x)
+        queries = ctx.select_queries(x)
         if self.residual == "post":
-            x = self.attn_out(asked + attn(x))
+            x = self.attn_out(queries + attn(x))
             return self.mlp_out(x + mlp(x))
         if self.residual in ("parallel", "parallel_two"):
-            h = lowered(self.attn_in(x))
-            return asked + attn(h) + mlp(ctx.asked(h) if self.residual == "parallel" else self.mlp_in(asked))
-        x = asked + gated(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
-        return x + gated(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
+            h = self.attn_in(x)
+            mlp_input = ctx.select_queries(h) if self.residual == "parallel" else self.mlp_in(queries)
+            return queries + attn(h) + mlp(mlp_input)
+        x = queries + apply_gate(self.attn_out(attn(self.attn_in(x))), self.attn_gate)
+        return x + apply_gate(self.mlp_out(mlp(self.mlp_in(x))), self.mlp_gate)
 
 
 class Decoder(nn.Module):
-    """Token ids to logits. Everything a model of the lineage does differently is in its spec."""
+    """Token ids to logits. Every difference between the supported models is in the spec."""
 
     def __init__(self, spec: s.Spec):
         super().__init__()
         self.spec = spec
+        self.attention_backend: AttentionBackend = reference_attention  # kernels.use_fast_kernels sets a fast one
         self.embed = nn.Embedding(spec.vocab + spec.embed_extra, spec.dim)
         table = spec.positions if spec.positions and spec.positions.kind == "learned" else None
         self.positions = nn.Embedding(table.length + table.offset, spec.dim) if table else None
@@ -79,13 +82,13 @@ class Decoder(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the output matrix the input embedding, where the spec says so."""
+        """Share the embedding's weight with the LM head, if the spec ties them."""
         if self.spec.tied:
             self.head.weight = self.embed.weight
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its norms, and of what flows through it; matrices may be held in fewer bits."""
+        """Activation dtype. Weight matrices may be quantized."""
         return next(self.parameters()).dtype
 
     @property
@@ -104,9 +107,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits (B, T, vocab) of ids (B, T).
 
-        `positions` (B or 1, T) default to counting on from the cache; negative ones are padding that nobody sees.
-        `image` (B, S, dim) is what cross-attention layers read; without it they are skipped, as in text-only use.
-        `documents` (B, T) keeps attention inside each document of a packed row.
+        `positions` (B or 1, T) default to the columns that follow the cache's; negative ones are padding.
+        `image` (B, S, dim): image features for cross-attention layers, which are skipped without them. With a cache
+        their keys and values are computed once; later passes may leave the image out.
+        `documents` (B, T): the document of each token of a packed row; attention stays inside it.
         """
         x = self.hidden_states(ids, positions=positions, cache=cache, image=image, documents=documents, dropout=dropout)
         return self.logits(x)
@@ -120,33 +124,51 @@ class Decoder(nn.Module):
         image: Tensor | None = None,
         documents: Tensor | None = None,
         dropout: Dropout | None = None,
-        last: int | None = None,
+        logits_to_keep: int | None = None,
     ) -> Tensor:
-        """The stream after the last norm, (B, T, dim): `forward` without the product with the vocabulary.
+        """The output of the final norm, (B, T, dim): `forward` without the LM head.
 
-        `last`: of so many columns at the end only. With a cache the last layer then leaves out the others' queries.
+        `logits_to_keep`: return this many last columns. With a cache, the last layer then computes only their queries.
         """
         start = 0 if cache is None else cache.length
-        ordered = positions is None and documents is None and not (cache is not None and cache.padded)
+        default = positions is None and documents is None and not (cache is not None and cache.padded)
         if positions is None:
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             self._check_length(start + ids.shape[1])
         if cache is not None:
+            if self.has_cross_attention and (image is not None or start == 0):
+                cache.begin_image(image)
             cache.begin(positions)
-        ctx = ForwardContext(positions, ordered, start, cache, image, documents, dropout or Dropout())
-        x = dropped(self.embedded(ids, positions), ctx.dropout.embed)
+        features = None if image is None else image.expand(ids.shape[0], -1, -1)
+        ctx = ForwardContext(
+            positions,
+            default,
+            start,
+            cache,
+            features,
+            documents,
+            dropout or Dropout(),
+            self.attention_backend,
+            batch=ids.shape[0],
+        )
+        x = apply_dropout(self.embed_tokens(ids, positions), ctx.dropout.embed)
         for layer, block in enumerate(self.blocks):
-            if image is None and self.spec.layers[layer].attn.cross:
+            if self.spec.layers[layer].attn.cross and image is None and ctx.image_kv(layer) is None:
                 continue
-            if layer == len(self.blocks) - 1 and cache is not None and last is not None and last < x.shape[1]:
-                ctx = replace(ctx, last=last)
+            is_last = layer == len(self.blocks) - 1
+            if is_last and cache is not None and logits_to_keep is not None and logits_to_keep < x.shape[1]:
+                ctx = replace(ctx, logits_to_keep=logits_to_keep)
             x = block(x, ctx, layer)
         if cache is not None:
             cache.end()
-        return self.norm(x if last is None else x[:, -last:])
+        return self.norm(x if logits_to_keep is None else x[:, -logits_to_keep:])
 
-    def embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """What enters the first block: (B, T) -> (B, T, dim)."""
+    @property
+    def has_cross_attention(self) -> bool:
+        return any(layer.attn.cross for layer in self.spec.pattern)
+
+    def embed_tokens(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The input of the first block: (B, T) -> (B, T, dim)."""
         x = self.embed(ids)
         if self.spec.embed_scale != 1.0:  # Gemma rounds the scale to the dtype of the weights
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
@@ -155,28 +177,24 @@ class Decoder(nn.Module):
             return x + self.positions(positions.clamp(min=0) + table.offset)
         return x if table is None else x + sinusoids(positions, self.spec.dim).type_as(x)
 
-    def logits(self, hidden_dim: Tensor) -> Tensor:
-        """(..., dim) -> (..., vocab)."""
-        y = self.head(hidden_dim)
+    def logits(self, x: Tensor) -> Tensor:
+        """The LM head: hidden states (.., dim) -> (.., vocab)."""
+        y = self.head(x)
         y = y * self.spec.logit_scale if self.spec.logit_scale != 1.0 else y
-        return softcap(y, self.spec.logit_softcap)
+        return apply_softcap(y, self.spec.logit_softcap)
 
     def _check_length(self, length: int) -> None:
         if self.spec.positions is not None and length > self.spec.positions.length:
             raise OneblockError(
-                f"{length} tokens are over the model's {self.spec.positions.length} learned positions: shorten the text"
+                f"{length} tokens exceed the model's {self.spec.positions.length} position embeddings; "
+                f"shorten the sequence to {self.spec.positions.length}"
             )
 
 
-def lowered(x: Tensor) -> Tensor:
-    """x as autocast's products read it, cast once instead of by each of them; without autocast x itself."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def dropped(x: Tensor, p: float) -> Tensor:
+def apply_dropout(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x
 
 
-def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+def apply_gate(x: Tensor, gate: Tensor | None) -> Tensor:
+    """Scale a sublayer's output by tanh of its gate, if it has one."""
     return x if gate is None else gate.tanh() * x

@@ -1,6 +1,6 @@
-"""The feed-forward sublayer, dense or a mixture of experts.
+"""The MLP sublayer, dense or a mixture of experts.
 
-Shapes: N tokens, E experts, k experts a token goes to.
+Shapes: N tokens, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activate(spec: s.Mlp, up: Tensor, gate: Tensor | None) -> Tensor:
-    """What lies between the first products and the last: act(up), or act(gate) * up."""
+    """The MLP between its linear layers: act(up), or act(gate) * up."""
     if gate is None:
         return ACT[spec.act](up)
     if spec.clamp is not None:
@@ -42,16 +42,16 @@ class Mlp(nn.Module):
         self.down = nn.Linear(spec.hidden_dim, dim, bias=spec.bias)
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
-        h = self.inner(x)
+        h = self.hidden_activations(x)
         return self.down(F.dropout(h, dropout) if dropout else h)
 
-    def inner(self, x: Tensor) -> Tensor:
-        """What comes before the last product, as a step that inference may do otherwise."""
+    def hidden_activations(self, x: Tensor) -> Tensor:
+        """The input of `down`: (.., dim) -> (.., hidden_dim)."""
         return activate(self.spec, self.up(x), None if self.gate is None else self.gate(x))
 
 
 class Experts(nn.Module):
-    """E feed-forwards of one shape, their weights stacked in the (out, in) order of nn.Linear."""
+    """E MLPs of one shape, weights stacked, each in the (out, in) order of nn.Linear."""
 
     def __init__(self, spec: s.Mlp, n_experts: int, dim: int):
         super().__init__()
@@ -69,70 +69,66 @@ class Experts(nn.Module):
         self.up_bias, self.down_bias = bias(spec.hidden_dim), bias(dim)
 
     def forward(self, x: Tensor, expert: Tensor, dropout: float = 0.0) -> Tensor:
-        """Each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""
+        """Pass each row of x (N, dim), sorted by expert (N,), through its expert: (N, dim)."""
         ids = torch.arange(self.n_experts, device=x.device, dtype=expert.dtype)
         ends = torch.searchsorted(expert, ids, right=True).to(torch.int32)
-        product = grouped_product if groupable(x, self.up, self.down) else looped_product
 
         def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = product(h, weight.type_as(h), ends)
+            y = self.grouped_mm(h, weight.type_as(h), ends)
             return y if bias is None else y + bias[expert].type_as(y)
 
         gate = None if self.gate is None else linear(x, self.gate, self.gate_bias)
         h = activate(self.spec, linear(x, self.up, self.up_bias), gate)
         return linear(F.dropout(h, dropout) if dropout else h, self.down, self.down_bias)
 
-
-def groupable(x: Tensor, *weights: Tensor) -> bool:
-    """torch's grouped product wants rows that are a multiple of 16 bytes, and where it is compiled or on GPUs bf16."""
-    aligned = all(size * x.element_size() % 16 == 0 for w in weights for size in w.shape[1:])
-    any_dtype = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return hasattr(F, "grouped_mm") and aligned and (any_dtype or x.dtype == torch.bfloat16)
+    def grouped_mm(self, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """Multiply each expert's rows, ending at `ends` (E,), by its weight: (N, in), (E, out, in) -> (N, out)."""
+        return grouped_mm_reference(x, weight, ends)
 
 
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows up to ends[0] times weight[0].T, the next up to ends[1] times weight[1].T, and so on."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+@torch.library.custom_op("oneblock::grouped_mm", mutates_args=())
+def grouped_mm_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (N, in) up to ends[0] times weight[0].T, the next up to ends[1] times weight[1].T, ..: (N, out).
+
+    A custom operator, since a compiled graph cannot hold sizes that depend on data.
+    """
+    return torch.cat([F.linear(x[i:j], w) for i, j, w in split_groups(ends, weight)])
 
 
-@torch.library.custom_op("oneblock::looped_product", mutates_args=())
-def looped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same, expert by expert: the reference. An operator of its own, since a graph cannot hold sizes it reads."""
-    return torch.cat([F.linear(x[i:j], w) for i, j, w in _groups(ends, weight)])
-
-
-@looped_product.register_fake
+@grouped_mm_reference.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _looped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, weight, ends = ctx.saved_tensors
-    return (looped_product(grad, weight.transpose(1, 2), ends), _outer_products(grad, x, ends), None)
+@torch.library.custom_op("oneblock::grouped_outer_product", mutates_args=())
+def grouped_outer_product(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """grad.T @ x of each group of rows: the gradient of its weight, (E, out, in)."""
+    return torch.stack([grad[i:j].T @ x[i:j] for i, j, _ in split_groups(ends, ends)])
 
 
-@torch.library.custom_op("oneblock::outer_products", mutates_args=())
-def _outer_products(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return torch.stack([grad[i:j].T @ x[i:j] for i, j, _ in _groups(ends, ends)])
-
-
-@_outer_products.register_fake
+@grouped_outer_product.register_fake
 def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
-looped_product.register_autograd(
-    _looped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, ends = ctx.saved_tensors
+    return grouped_mm_reference(grad, weight.transpose(1, 2), ends), grouped_outer_product(grad, x, ends), None
+
+
+grouped_mm_reference.register_autograd(
+    _grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 
 
-def _groups(ends: Tensor, each: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def split_groups(ends: Tensor, per_group: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, end row and entry of `per_group` of each group."""
     bounds = ends.tolist()
-    return zip([0, *bounds], bounds, each, strict=False)
+    return zip([0, *bounds], bounds, per_group, strict=False)
 
 
 class Moe(nn.Module):
-    """Each token goes to its top-k experts; their answers are weighed and added (arXiv:1701.06538)."""
+    """Mixture of experts: the weighted sum of each token's top-k experts (arXiv:1701.06538)."""
 
     def __init__(self, spec: s.Moe, dim: int):
         super().__init__()
@@ -143,7 +139,7 @@ class Moe(nn.Module):
         self.shared_gate = nn.Linear(dim, 1, bias=False) if spec.shared_gate else None
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight (fp32) and the index of each token's top experts: (N, k) each."""
+        """Router weights (fp32) and indices of each token's top-k experts: (N, k) each."""
         logits = self.router(x).float()
         scores = logits.softmax(-1) if self.spec.score_func == "softmax" else logits.sigmoid()
         weight, index = scores.topk(self.spec.top_k, -1)
@@ -151,13 +147,14 @@ class Moe(nn.Module):
 
     def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         shape, x = x.shape, x.flatten(0, -2)  # (N, dim)
-        out = self.routed(x, dropout)
+        out = self.forward_experts(x, dropout)
         if self.shared is not None:
             y = self.shared(x, dropout)
             out = out + (y if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * y)
         return out.view(shape)
 
-    def routed(self, x: Tensor, dropout: float) -> Tensor:
+    def forward_experts(self, x: Tensor, dropout: float) -> Tensor:
+        """The routed experts' weighted sum, without the shared expert: (N, dim) -> (N, dim)."""
         weight, index = self.route(x)
         expert, order = index.flatten().sort(stable=True)
         weight = weight.flatten()[order, None].type_as(x)
@@ -167,5 +164,5 @@ class Moe(nn.Module):
             if self.spec.scale_expert_input
             else weight * self.experts(rows, expert, dropout)
         )
-        back = order.argsort()  # summing in the token's own order keeps the result the same from run to run
-        return y[back].view(-1, self.spec.top_k, y.shape[-1]).sum(1)
+        unsort = order.argsort()  # a fixed order of summation makes results reproducible
+        return y[unsort].view(-1, self.spec.top_k, y.shape[-1]).sum(1)

@@ -19,20 +19,20 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if spec.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gain, eps = self.weight, self.spec.eps
+        weight, eps = self.weight, self.spec.eps
         if self.spec.weight_offset:
-            gain = gain.float() + self.spec.weight_offset
+            weight = weight.float() + self.spec.weight_offset
         if self.spec.kind == "layer":
-            return F.layer_norm(x, gain.shape, gain.type_as(x), _cast(self.bias, x), eps)
-        if not self.spec.scale_in_fp32 and x.dtype != torch.float32:  # in fp32 there is no cast to come before
-            h = F.rms_norm(x, gain.shape, None, eps) * gain.type_as(x)
+            return F.layer_norm(x, weight.shape, weight.type_as(x), _cast(self.bias, x), eps)
+        if not self.spec.scale_in_fp32 and x.dtype != torch.float32:  # in fp32 both orders are one
+            h = F.rms_norm(x, weight.shape, None, eps) * weight.type_as(x)
         else:
-            h = F.rms_norm(x.float(), gain.shape, gain.float(), eps).type_as(x)
+            h = F.rms_norm(x.float(), weight.shape, weight.float(), eps).type_as(x)
         return h if self.bias is None else h + self.bias.type_as(x)
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a gain over each head's dimensions: Llama 4's norm of queries and keys."""
+    """RMSNorm without a weight over each head's dimensions: Llama 4's QK norm."""
     return F.rms_norm(x, x.shape[-1:], None, eps)
 
 

@@ -1,4 +1,4 @@
-"""Positions: rotary angles for every scaling of the lineage, and sinusoidal embeddings.
+"""RoPE with every scaling method of the supported models, and sinusoidal position embeddings.
 
 Shapes: B batch, T tokens, R rotated dimensions of a head (all of them, or `Rope.dim`).
 """
@@ -16,8 +16,8 @@ from oneblock import spec as s
 def rotary_table(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines at each position, fp32: (B, T) -> two of (B, T, R / 2).
 
-    Where a scaling depends on the length of the text (dynamic, LongRoPE), the length is each row's own, so that a
-    row gets the same angles in any batch.
+    Scalings that depend on the sequence length (dynamic NTK, LongRoPE) use each row's own length, so that a row gets
+    the same angles in any batch.
     """
     freqs, gain = frequencies(rope, head_dim, positions)
     angles = positions[..., None].float() * freqs
@@ -25,7 +25,7 @@ def rotary_table(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor
 
 
 def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor, float]:
-    """Radians per position, (R / 2,) or (B, 1, R / 2) where rows differ, and the gain of cos and sin."""
+    """Radians per position, (R / 2,) or (B, 1, R / 2) where rows differ, and the factor of cos and sin."""
     dim = rope.dim or head_dim
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
     freqs = 1.0 / rope.theta**exponent
@@ -35,8 +35,8 @@ def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor,
         case s.LinearScaling(factor):
             return freqs / factor, 1.0
         case s.DynamicNTK(factor, context):
-            grown = factor * _length(positions).clamp(min=context) / context - (factor - 1)
-            return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponent, 1.0
+            growth = factor * _length(positions).clamp(min=context) / context - (factor - 1)
+            return 1.0 / (rope.theta * growth ** (dim / (dim - 2))) ** exponent, 1.0
         case s.Llama3Scaling(factor, low, high, context):
             return llama3(freqs, factor, low, high, context), 1.0
         case s.Yarn() as yarn:
@@ -48,26 +48,26 @@ def frequencies(rope: s.Rope, head_dim: int, positions: Tensor) -> tuple[Tensor,
 
 
 def _length(positions: Tensor) -> Tensor:
-    """The length of each row's text so far: (B, T) -> (B, 1, 1), fp32."""
+    """Each row's sequence length so far: (B, T) -> (B, 1, 1), fp32."""
     return positions.amax(-1)[:, None, None].float() + 1
 
 
 def llama3(freqs: Tensor, factor: float, low: float, high: float, context: int) -> Tensor:
-    """Keep what turns more than `high` times within the old context, stretch what turns less than `low` times."""
+    """Keep frequencies with over `high` turns in the original context, divide those under `low` turns by `factor`."""
     turns = context * freqs / (2 * math.pi)
-    if low == high:  # Llama 4 Scout: a step instead of a ramp
+    if low == high:  # Llama 4 Scout: a step, no ramp
         return torch.where(turns < low, freqs / factor, freqs)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * freqs / factor + keep * freqs
 
 
 def yarn_ramp(yarn: s.Yarn, theta: float, dim: int, device: torch.device) -> Tensor:
-    """0 where a dimension turns more than `fast` times within the old context, 1 below `slow` turns: (R / 2,)."""
+    """0 above `beta_fast` turns in the original context, 1 below `beta_slow`, a ramp between: (R / 2,)."""
 
-    def dimension(turns: float) -> float:
+    def dimension_with(turns: float) -> float:
         return dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    first, last = dimension_with(yarn.beta_fast), dimension_with(yarn.beta_slow)
     if yarn.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
@@ -76,15 +76,15 @@ def yarn_ramp(yarn: s.Yarn, theta: float, dim: int, device: torch.device) -> Ten
     return ((torch.arange(dim // 2, device=device, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn the first R dimensions of each head: x (B, H, T, D), cos and sin (B, 1, T, R / 2)."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first R dimensions of each head: x (.., D), cos and sin (.., R / 2), broadcast over heads."""
     dim = 2 * cos.shape[-1]
-    x, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
+    x, unrotated = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     a, b = a * cos - b * sin, b * cos + a * sin
     if interleaved:
         a, b = torch.stack((a, b), -1).flatten(-2), None
-    return torch.cat([part for part in (a, b, rest) if part is not None], -1)
+    return torch.cat([part for part in (a, b, unrotated) if part is not None], -1)
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:

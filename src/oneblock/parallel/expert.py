@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from oneblock.kernels.fast_model import GroupedExperts
 from oneblock.model.mlp import Experts
 from oneblock.parallel.collectives import all_to_all
 from oneblock.parallel.world import World
@@ -25,7 +26,7 @@ class ShardedExperts(nn.Module):
             setattr(self, name, nn.Parameter(DTensor.from_local(shard, world.ep_mesh, [Shard(0)], run_check=False)))
         self.names = [name for name, _ in self.named_parameters()]
         with torch.device("meta"):  # in a tuple, so that its parameters are not this module's
-            self.local = (Experts(experts.spec, self.n_experts, experts.up.shape[-1]),)
+            self.local = (GroupedExperts(experts.spec, self.n_experts, experts.up.shape[-1]),)
 
     def forward(self, x: Tensor, expert: Tensor, dropout: float = 0.0) -> Tensor:
         """Run each row of x (N, dim), sorted by its expert (N,), through that expert: (N, dim)."""

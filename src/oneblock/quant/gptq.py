@@ -36,17 +36,18 @@ def calibrate(
     Experts and cross-attention layers are rounded to nearest. `report` gets the number of layers done.
     """
     check_quantizable(model, config)
-    ctx = ForwardContext(torch.arange(ids.shape[1], device=ids.device)[None], ordered=True)
-    batches = [model.embedded(batch, ctx.positions) for batch in ids.split(BATCH)]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    batches = [model.embed_tokens(batch, positions) for batch in ids.split(BATCH)]
+    contexts = [ForwardContext(positions, True, backend=model.attention_backend, batch=len(x)) for x in batches]
     for layer, block in enumerate(model.blocks):
         if model.spec.layers[layer].attn.cross:
             replace_linears(block, config, round_to_nearest)
             continue
         with collect_hessians(block) as hessians:
-            for x in batches:
+            for x, ctx in zip(batches, contexts, strict=True):
                 block(x, ctx, layer)
         replace_linears(block, config, gptq_with(hessians))
-        batches = [block(x, ctx, layer) for x in batches]
+        batches = [block(x, ctx, layer) for x, ctx in zip(batches, contexts, strict=True)]
         report(layer + 1)
     output = nn.ModuleDict({"head": model.head})
     with collect_hessians(output) as hessians:

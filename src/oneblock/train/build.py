@@ -9,6 +9,7 @@ from torch import nn
 
 from oneblock.errors import OneblockError, missing_extra
 from oneblock.kernels.build import has_compiler, use_compile_cache
+from oneblock.kernels.fast_model import cast_for_autocast, use_fast_kernels
 from oneblock.model import Decoder, Dropout
 from oneblock.model.mlp import Moe
 from oneblock.parallel.world import World
@@ -30,6 +31,8 @@ def learner_for(
     model: Decoder, loop: Loop, objective: Objective, dropout: Dropout | None, world: World
 ) -> ModelWithLoss:
     """The model with its loss, ready to be wrapped by what exchanges gradients. `loop.compile` auto counts as off."""
+    use_fast_kernels(model)
+    cast_for_autocast(model)
     if loop.fp8:
         use_fp8(model)
     recompute(model, loop.activation_checkpointing)
