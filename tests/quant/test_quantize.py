@@ -17,6 +17,7 @@ from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
 from oneblock.kernels.build import has_compiler
 from oneblock.kernels.cpu_modules import optimize_for_cpu
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.model import Decoder, init_weights
 from oneblock.model.mlp import Experts
 from oneblock.quant.formats import (
@@ -40,6 +41,7 @@ def small(family: str, **sizes: int) -> Decoder:
     sizes = {"vocab": 100, "dim": 64, "n_layers": 2, "n_heads": 2, "context": 64, **sizes}
     model = Decoder(get_spec(family, **sizes))
     init_weights(model, 0)
+    use_fast_kernels(model)  # as loaded models do: equal bit for bit
     return model.eval()
 
 
