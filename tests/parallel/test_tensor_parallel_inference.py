@@ -71,8 +71,8 @@ def test_two_ranks_generate_what_one_does(family: str, bits: QuantConfig | None,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--input", "x", "--output", "y"), "several ranks go on with one prompt"),
-        (("--prompt-cache", "c"), "--prompt-cache holds the keys of one process"),
+        (("--input", "x", "--output", "y"), "with torchrun generate takes one prompt"),
+        (("--prompt-cache", "c"), "--prompt-cache holds the KV cache of one process"),
     ],
 )
 def test_every_rank_reports_unsupported_flags(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
