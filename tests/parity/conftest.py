@@ -5,6 +5,7 @@ A test that takes `reference` runs once for every case.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,3 +339,14 @@ def build(case: Case, folder: Path) -> Reference:
 @pytest.fixture(scope="session", params=CASES, ids=[case.name for case in CASES])
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return build(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.fixture(scope="session")
+def build_reference() -> Callable[[Path, str, dict[str, Any], str | None], Reference]:
+    """Build the reference of any configuration: of a folder, transformers' class name, values and model class."""
+
+    def build_one(folder: Path, config: str, values: dict[str, Any], model: str | None) -> Reference:
+        image = bool(values.get("cross_attention_layers"))
+        return build(Case(folder.name, config, values, model, image), folder)
+
+    return build_one

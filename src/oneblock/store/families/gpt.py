@@ -36,7 +36,9 @@ def _is_scaled(spec: Spec) -> bool:
 
 
 def _is_scaled_by_depth(spec: Spec) -> bool:
-    return fields.first_attention(spec).scale != spec.layers[-1].attn.scale
+    """Whether layers differ, or the only one writes out the default scale."""
+    attn = fields.first_attention(spec)
+    return attn.scale == attn.head_dim**-0.5 or attn.scale != spec.layers[-1].attn.scale
 
 
 GPT2 = ConfigTable(
