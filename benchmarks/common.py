@@ -26,12 +26,12 @@ from typing import Any
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-TURN = 1.5  # seconds that one turn aims at
+SAMPLE_SECONDS = 1.5  # seconds that one turn aims at
 TOLERANCE, MAX_PAIRS = 0.02, 100
 
 
 @dataclass(frozen=True)
-class Turn:
+class Sample:
     """One turn of one side: its figure (a rate, seconds or bytes) and the CPU-seconds it used."""
 
     value: float
@@ -60,11 +60,11 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def timed_turn(run: Callable[[], float]) -> Turn:
+def take_sample(run: Callable[[], float]) -> Sample:
     """A turn of this process and its finished children."""
     before = cpu_seconds()
     value = run()
-    return Turn(value, cpu_seconds() - before)
+    return Sample(value, cpu_seconds() - before)
 
 
 def cpu_seconds() -> float:
@@ -87,7 +87,7 @@ class Worker:
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env
         )
 
-    def ask(self, *args: Any) -> Turn:
+    def ask(self, *args: Any) -> Sample:
         """One turn: the arguments of the function that the process serves."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -96,7 +96,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"error: a side of the benchmark ended ({self.process.wait()}); DEBUG=1 shows its errors")
-        return Turn(*json.loads(line))
+        return Sample(*json.loads(line))
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -108,8 +108,8 @@ def serve(run: Callable[..., float]) -> None:
     """The loop of a worker process: a line of arguments in, a line with value and CPU-seconds out."""
     for line in sys.stdin:
         args = json.loads(line)
-        turn = timed_turn(lambda args=args: run(*args))
-        print(json.dumps((turn.value, turn.cpu)), flush=True)
+        sample = take_sample(lambda args=args: run(*args))
+        print(json.dumps((sample.value, sample.cpu)), flush=True)
 
 
 # ------------------------------------------------------------------ pairs
@@ -119,8 +119,8 @@ def serve(run: Callable[..., float]) -> None:
 class Pairs:
     """Paired turns of two sides."""
 
-    ours: list[Turn] = field(default_factory=list)
-    peer: list[Turn] = field(default_factory=list)
+    ours: list[Sample] = field(default_factory=list)
+    peer: list[Sample] = field(default_factory=list)
 
     def ratios(self) -> list[float]:
         return [a.value / b.value for a, b in zip(self.ours, self.peer, strict=True)]
@@ -141,8 +141,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def measure_pairs(
-    ours: Callable[[], Turn],
-    peer: Callable[[], Turn],
+    ours: Callable[[], Sample],
+    peer: Callable[[], Sample],
     pairs: int = 20,
     most: int = MAX_PAIRS,
     warmup: int = 1,
@@ -153,9 +153,9 @@ def measure_pairs(
     taken = Pairs()
     while len(taken.ours) < max(pairs, 1) or (len(taken.ours) < most and not is_narrow(taken.ratios())):
         order = ("ours", "peer") if len(taken.ours) % 2 == 0 else ("peer", "ours")
-        turns = {side: (ours if side == "ours" else peer)() for side in order}
-        taken.ours.append(turns["ours"])
-        taken.peer.append(turns["peer"])
+        samples = {side: (ours if side == "ours" else peer)() for side in order}
+        taken.ours.append(samples["ours"])
+        taken.peer.append(samples["peer"])
     return taken
 
 
@@ -168,7 +168,7 @@ def pair_row(name: str, pairs: Pairs, unit: str, lower_is_better: bool = False) 
     """`name` is `what/peer`; a ratio above 1 means that ours is better."""
     ratios = [1 / x for x in pairs.ratios()] if lower_is_better else pairs.ratios()
     middle, low, high = median_interval(ratios)
-    values = {side: statistics.median(turn.value for turn in getattr(pairs, side)) for side in ("ours", "peer")}
+    values = {side: statistics.median(sample.value for sample in getattr(pairs, side)) for side in ("ours", "peer")}
     cpu = {f"{side}_cpu": round_figures(statistics.median(t.cpu for t in getattr(pairs, side))) for side in values}
     return {
         "name": name,

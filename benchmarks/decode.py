@@ -25,7 +25,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from common import TURN, Row, Worker, arguments, measure_pairs, pair_row, report, seconds, serve
+from common import SAMPLE_SECONDS, Row, Worker, arguments, measure_pairs, pair_row, report, seconds, serve
 
 PROMPT, LONG_PROMPT, MOST_TOKENS = 128, 512, 256
 SHAPES: dict[str, dict[str, int]] = {
@@ -159,11 +159,11 @@ def llama_side(path: Path, threads: int, rows: int) -> Generate:
     return generate
 
 
-def turns(generate: Generate) -> Callable[[str, int], float]:
+def sampler(generate: Generate) -> Callable[[str, int], float]:
     """Tokens per second of one turn; the first use warms up, and sets how many tokens a turn decodes."""
     tokens: dict[tuple[str, int], int] = {}
 
-    def turn(what: str, rows: int) -> float:
+    def sample(what: str, rows: int) -> float:
         length = LONG_PROMPT if what == "prefill" else PROMPT
         prompts = torch.randint(1, 30_000, (rows, length), generator=torch.Generator().manual_seed(0)).tolist()
         if what == "prefill":
@@ -172,11 +172,11 @@ def turns(generate: Generate) -> Callable[[str, int], float]:
             generate(prompts, MOST_TOKENS)  # long enough for every one-time cost
             times = generate(prompts, 16)
             rate = (len(times) - 1) / (times[-1] - times[0])
-            tokens[what, rows] = max(8, min(MOST_TOKENS, round(rate * TURN)))
+            tokens[what, rows] = max(8, min(MOST_TOKENS, round(rate * SAMPLE_SECONDS)))
         times = generate(prompts, tokens[what, rows])
         return rows * (len(times) - 1) / (times[-1] - times[0])
 
-    return turn
+    return sample
 
 
 def read_bandwidth() -> float:
@@ -189,9 +189,9 @@ def run_side(side: str, args: Any) -> None:
     if side == "read":
         serve(lambda what, rows: read_bandwidth())
     elif side == "llama.cpp":
-        serve(turns(llama_side(args.path, args.threads, args.rows)))
+        serve(sampler(llama_side(args.path, args.threads, args.rows)))
     else:
-        serve(turns(our_side(args.path, args.compile) if side == "ours" else transformers_side(args.path)))
+        serve(sampler(our_side(args.path, args.compile) if side == "ours" else transformers_side(args.path)))
 
 
 # ------------------------------------------------------------------ pairs
@@ -235,8 +235,8 @@ def previous_models(folder: Path, model: str, checkout: Path) -> Path:
 def side_row(name: str, side: str, pairs: Any, folder: Path, against: bool) -> Row:
     if side == "read":  # bytes per second instead of tokens
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        for turns_of, scale in ((pairs.ours, size / 1e9), (pairs.peer, 1e-9)):
-            turns_of[:] = [type(turn)(turn.value * scale, turn.cpu) for turn in turns_of]
+        for samples, scale in ((pairs.ours, size / 1e9), (pairs.peer, 1e-9)):
+            samples[:] = [type(sample)(sample.value * scale, sample.cpu) for sample in samples]
         return pair_row(f"{name}/read-bandwidth", pairs, "GB/s")
     peer = "previous" if against else "bf16" if side == "transformers" and "int" in name else side
     return pair_row(f"{name}/{peer}", pairs, "tokens/s")

@@ -18,7 +18,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from common import TURN, Row, Worker, arguments, measure_pairs, pair_row, report, seconds, serve
+from common import SAMPLE_SECONDS, Row, Worker, arguments, measure_pairs, pair_row, report, seconds, serve
 
 PROMPT, SHORT_PROMPT = 512, 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,7 +73,7 @@ def read_pages(model: torch.nn.Module) -> None:
         p.view(-1).view(torch.uint8)[::4096].sum()
 
 
-def turns(load: Callable[[], torch.nn.Module], generator: Callable[[], Generate]) -> Callable[[str, int], float]:
+def sampler(load: Callable[[], torch.nn.Module], generator: Callable[[], Generate]) -> Callable[[str, int], float]:
     """One turn: seconds to load; prompts prefilled a second; or decode steps a second."""
     generate: list[Generate] = []
     tokens: dict[int, int] = {}
@@ -92,7 +92,7 @@ def turns(load: Callable[[], torch.nn.Module], generator: Callable[[], Generate]
             return 1 / seconds(lambda: generate[0](ids, 1))
         if rows not in tokens:
             decode(rows, 128)
-            tokens[rows] = max(16, min(256, round(decode(rows, 32) * TURN)))
+            tokens[rows] = max(16, min(256, round(decode(rows, 32) * SAMPLE_SECONDS)))
         return decode(rows, tokens[rows])
 
     return run_turn
@@ -126,7 +126,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.side:
-        serve(turns(*(our_side if args.side == "ours" else transformers_side)(args.path)))
+        serve(sampler(*(our_side if args.side == "ours" else transformers_side)(args.path)))
         return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:

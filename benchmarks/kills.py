@@ -1,12 +1,12 @@
-"""Runs that are killed, saves that are killed, files that are damaged: what is left, counted.
+"""Crash safety, counted: killed training runs, killed saves, damaged checkpoints: `python benchmarks/kills.py`.
 
 kills-one      kill -9 at random steps of a run of 200 on one process, resumed each time: loss series and the sum of the
-               final weights beside the uninterrupted run's
+               final weights equal those of the uninterrupted run
 kills-two      the same on two ranks
-kills-saving   kill -9 inside saving: the newest or the one before loads
-flips, cuts    a flipped bit or a cut in any file of a checkpoint: found, and the file named
+kills-saving   kill -9 while saving: the newest checkpoint or the one before loads
+flips, cuts    a flipped bit or a truncation of any file of a checkpoint is detected, and the file named
 
-`ours` is how many went right, `peer` how many were tried.
+`ours` counts successes, `peer` tries.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ for state.step in itertools.count(int(sys.argv[2])):
 """
 
 
-def started(argv: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
+def start_ranks(argv: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
@@ -75,33 +75,33 @@ def series(run: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in rows if "loss" in r]
 
 
-def whole(argv: list[str], ranks: int) -> None:
-    for process in started(argv, ranks):
+def run_to_end(argv: list[str], ranks: int) -> None:
+    for process in start_ranks(argv, ranks):
         if process.wait():
-            raise SystemExit(f"a run that nobody killed failed: {argv}")
+            raise SystemExit(f"an uninterrupted run failed: {argv}")
 
 
-def sums(run: Path) -> list[object]:
-    """Of the files of the final weights."""
+def final_checksums(run: Path) -> list[object]:
+    """Checksums of the files of the final weights."""
     return [entry for name, entry in manifest.read(run / "latest")["files"].items() if name.startswith("model")]
 
 
 def killed_runs(count: int, ranks: int, folder: Path, draw: random.Random) -> int:
-    """How many runs, each killed once at a random step and resumed, end as the one that was left alone."""
+    """Count runs that, killed once at a random step and resumed, equal the uninterrupted run."""
     text = folder / "text.txt"
     text.write_text("".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400)))
     alone, right = folder / f"alone{ranks}", 0
-    whole(["--data", str(text), "--out", str(alone), *RUN], ranks)
+    run_to_end(["--data", str(text), "--out", str(alone), *RUN], ranks)
     for i in range(count):
         run, at = folder / f"run{ranks}-{i}", draw.randrange(10, 199)
-        processes = started(["--data", str(text), "--out", str(run), *RUN], ranks)
+        processes = start_ranks(["--data", str(text), "--out", str(run), *RUN], ranks)
         while steps_of(run) < at and processes[0].poll() is None:
             time.sleep(0.002)
         for process in processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        whole(["--resume", str(run)], ranks)
-        right += series(run) == series(alone) and sums(run) == sums(alone)
+        run_to_end(["--resume", str(run)], ranks)
+        right += series(run) == series(alone) and final_checksums(run) == final_checksums(alone)
         shutil.rmtree(run)
     return right
 
@@ -117,11 +117,11 @@ def killed_saves(count: int, folder: Path, draw: random.Random) -> int:
             process.send_signal(signal.SIGKILL)
             step = max([step, *map(int, process.stdout)])
         try:
-            found = int(newest(run).name[5:])
+            loaded = int(newest(run).name[5:])
         except OneblockError:
             continue
-        right += found >= step  # the last that was said to be saved, or a newer one
-        step = found + 1
+        right += loaded >= step  # the last one reported as saved, or a newer one
+        step = loaded + 1
     return right
 
 
@@ -147,8 +147,8 @@ def damaged(count: int, folder: Path, cut: bool, draw: random.Random) -> int:
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", repeats=1)
-    parser.add_argument("--share", type=float, default=1.0, help="of the tries")
+    parser = arguments(__doc__ or "", pairs=1)
+    parser.add_argument("--share", type=float, default=1.0, help="share of the tries")
     args = parser.parse_args()
     draw = random.Random(0)
 
@@ -158,14 +158,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         counts: list[tuple[str, int, int]] = []
-        for title, n, found in (
+        for title, n, count in (
             ("kills-saving", tries(200), lambda n: killed_saves(n, folder, draw)),
             ("flips", tries(500), lambda n: damaged(n, folder, False, draw)),
             ("cuts", tries(500), lambda n: damaged(n, folder, True, draw)),
             ("kills-one", tries(25), lambda n: killed_runs(n, 1, folder, draw)),
             ("kills-two", tries(10), lambda n: killed_runs(n, 2, folder, draw)),
         ):
-            counts.append((title, found(n), n))
+            counts.append((title, count(n), n))
             print(*counts[-1], file=sys.stderr, flush=True)
     rows: list[Row] = [row(title, right, n, "right") for title, right, n in counts]
     report(rows, args, "kills")

@@ -1,6 +1,6 @@
-"""What `plan` says of memory beside what was measured: training and serving of six architectures, each in a process.
+"""Planned beside measured memory of training and serving six architectures: `python benchmarks/memory.py`.
 
-Measured: the most that is resident (on a GPU: allocated), less what the process held before the model was made.
+Measured is the peak of resident (on a GPU: allocated) memory, less that of the process before the model was built.
 `--save` also writes the table into docs/memory.md.
 """
 
@@ -36,8 +36,8 @@ class Case:
     changes: dict[str, Any]
     batch: int
     context: int
-    recompute: Any = "none"
-    mesh: str = ""  # of ranks on this machine
+    checkpointing: Any = "none"
+    mesh: str = ""  # ranks on this machine
 
     @property
     def spec(self) -> Spec:
@@ -47,7 +47,7 @@ class Case:
     def title(self) -> str:
         return (
             f"{self.model}, {params.total(self.spec) / 1e6:.0f}M, {self.batch} x {self.context}"
-            + (f", recompute {self.recompute}" if self.recompute != "none" else "")
+            + (f", checkpointing {self.checkpointing}" if self.checkpointing != "none" else "")
             + (f", each of {self.mesh}" if self.mesh else "")
         )
 
@@ -74,20 +74,20 @@ SERVED = ("gpt2", "llama", "gemma3", "qwen3", "pythia", "mixtral")
 
 
 def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
-    """Bytes planned and measured of three training steps; of several ranks, those of the one that has most."""
+    """Planned and measured bytes of three training steps; with ranks, of the rank that needs most."""
     from oneblock.parallel.world import init_world
 
     with init_world(case.mesh, str(device)) as world:
-        before = settled(device)
+        before = base_memory(device)
         steps(case, device, world)
-        held = torch.tensor(float(peak_memory(device) - before))
+        peak = torch.tensor(float(peak_memory(device) - before))
         if world.size > 1:
-            torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
     dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), parallelism_of(world.mesh)
-    setup = memory.TrainingConfig(
-        dtype, case.recompute, accumulate=world.uses_ddp, cpu=device.type == "cpu", over=parts
+    config = memory.TrainingConfig(
+        dtype, case.checkpointing, accumulate=world.uses_ddp, cpu=device.type == "cpu", over=parts
     )
-    return memory.training(case.spec, case.context, case.batch // world.data_ranks, setup).total, int(held)
+    return memory.training(case.spec, case.context, case.batch // world.data_ranks, config).total, int(peak)
 
 
 def steps(case: Case, device: torch.device, world: World) -> None:
@@ -97,7 +97,7 @@ def steps(case: Case, device: torch.device, world: World) -> None:
     from oneblock.train.loop import TrainStep, start
 
     loop, rows = (
-        Loop(activation_checkpointing=case.recompute, device=str(device), compile="off"),
+        Loop(activation_checkpointing=case.checkpointing, device=str(device), compile="off"),
         case.batch // world.data_ranks,
     )
     model = Decoder(case.spec)
@@ -114,10 +114,10 @@ def steps(case: Case, device: torch.device, world: World) -> None:
 
 
 def serve_peak(case: Case, device: torch.device) -> tuple[int, int]:
-    """Bytes planned and measured of reading `batch` texts and writing 16 tokens to each, in bf16."""
+    """Planned and measured bytes of generating 16 tokens for each of `batch` prompts, in bf16."""
     from oneblock.infer.llm import LLM
 
-    before = settled(device)
+    before = base_memory(device)
     with torch.device("meta"):
         model = Decoder(case.spec).to(torch.bfloat16)
     model = model.to_empty(device=device)
@@ -131,19 +131,19 @@ def serve_peak(case: Case, device: torch.device) -> tuple[int, int]:
     ) - before
 
 
-def settled(device: torch.device) -> int:
-    """What the process holds once libraries are loaded; training keeps freed memory, serving gives it back."""
+def base_memory(device: torch.device) -> int:
+    """Peak memory of the process once libraries are loaded."""
     x = torch.randn(256, 256, device=device).bfloat16()
     (x @ x).sum().item()
     return peak_memory(device)
 
 
-def measured(name: str, kind: str, device: str) -> tuple[int, int]:
+def measure_case(name: str, kind: str, device: str) -> tuple[int, int]:
     argv, ranks = [__file__, "--case", name, "--kind", kind, "--device", device], 2 if CASES[name].mesh else 1
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     lines = subprocess.check_output([sys.executable, *torchrun, *argv], text=True).splitlines()
-    planned, found = json.loads(lines[-1])
-    return planned, found
+    planned, peak = json.loads(lines[-1])
+    return planned, peak
 
 
 def table(rows: list[Row]) -> str:
@@ -154,7 +154,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", repeats=1)
+    parser = arguments(__doc__ or "", pairs=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--case", choices=CASES, help="measure one case in this process: used by the script itself")
     parser.add_argument("--kind", choices=("train", "serve"), default="train")
@@ -167,8 +167,8 @@ def main() -> int:
     rows = []
     for kind, names in (("train", tuple(CASES)), ("serve", SERVED)):
         for name in names:
-            planned, found = measured(name, kind, args.device)
-            rows.append(row(f"{kind} {CASES[name].title}", planned / 1e9, found / 1e9, "GB"))
+            planned, peak = measure_case(name, kind, args.device)
+            rows.append(row(f"{kind} {CASES[name].title}", planned / 1e9, peak / 1e9, "GB"))
     report(rows, args, "memory" if args.device == "cpu" else "memory-gpu")
     if args.save and args.device == "cpu":
         write_page(rows)
@@ -176,10 +176,10 @@ def main() -> int:
 
 
 def write_page(rows: list[Row]) -> None:
-    """Between the marks of the page, so that its words stay."""
+    """Replace the table between the markers of docs/memory.md."""
     text = PAGE.read_text()
-    head, _, rest = text.partition("<!-- table -->\n")
-    tail = rest.partition("<!-- end -->")[2]
+    head, _, tail = text.partition("<!-- table -->\n")
+    tail = tail.partition("<!-- end -->")[2]
     note = f"\n{cpu_name()}, torch {torch.__version__}.\n"
     PAGE.write_text(f"{head}<!-- table -->\n{table(rows)}\n{note}<!-- end -->{tail}")
 

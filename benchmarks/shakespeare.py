@@ -83,19 +83,19 @@ def run_large(options: Train) -> list[Row]:
     state = fresh(job, options)
     learner = learner_for(state.model, options.loop, options.objective, dropout_of(options.dropouts), World())
     assert options.loop.seconds is not None
-    found: list[tuple[float, float]] = []
+    losses: list[tuple[float, float]] = []
 
-    def look(state: State, metrics: Metrics) -> None:
+    def observe(state: State, metrics: Metrics) -> None:
         share = metrics.seconds / (options.loop.seconds or 1)
-        if share >= 0.7 + 0.1 * len(found):
+        if share >= 0.7 + 0.1 * len(losses):
             with torch.compiler.set_stance("force_eager"):
                 assert job.val is not None
                 loss = evaluate(state.model, sequential_batches(job.val, 256, 32), precision(options.loop))
-            found.append((loss, (time.perf_counter() - began) / 60))
-            print(f"{found[-1][1]:.1f} minutes, {state.tokens:,} tokens: {loss:.4f}", file=sys.stderr)
+            losses.append((loss, (time.perf_counter() - began) / 60))
+            print(f"{losses[-1][1]:.1f} minutes, {state.tokens:,} tokens: {loss:.4f}", file=sys.stderr)
 
-    train(state, job.rows(options.loop).batch, learner, options.loop, options.optimizer, options.schedule, look)
-    loss, minutes = min(found)
+    train(state, job.rows(options.loop).batch, learner, options.loop, options.optimizer, options.schedule, observe)
+    loss, minutes = min(losses)
     return [
         row("shakespeare-gpu-loss/nanogpt", loss, LARGE_GOAL, "nats", lower_is_better=True),
         row("shakespeare-gpu-time/hour", minutes, 60.0, "minutes", lower_is_better=True),

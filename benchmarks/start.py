@@ -15,7 +15,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from common import Row, Turn, arguments, measure_pairs, pair_row, report, row, seconds, timed_turn
+from common import Row, Sample, arguments, measure_pairs, pair_row, report, row, seconds, take_sample
 from decode import make_models
 
 PROMPT, NEW = 128, 128
@@ -28,11 +28,11 @@ print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1,
 """
 
 
-def run_process(argv: list[str], env: dict[str, str] | None = None) -> Turn:
+def run_process(argv: list[str], env: dict[str, str] | None = None) -> Sample:
     """Seconds of a whole process."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     env = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
-    return timed_turn(lambda: seconds(lambda: subprocess.run(argv, check=True, env=env, **quiet)))  # type: ignore[call-overload]
+    return take_sample(lambda: seconds(lambda: subprocess.run(argv, check=True, env=env, **quiet)))  # type: ignore[call-overload]
 
 
 def first_token(folder: Path, args: Namespace) -> Row:
@@ -54,8 +54,8 @@ def memory(folder: Path) -> None:
     llm = oneblock.load(folder)
     llm.compile = "off"
     llm.generate([list(range(1, PROMPT + 1))], max_tokens=NEW, temperature=0, ignore_eos=True)
-    held = sum(p.nbytes for p in llm.model.parameters()) + kv_bytes(llm.spec, PROMPT + NEW)
-    print(resident() - before, held)
+    expected = sum(p.nbytes for p in llm.model.parameters()) + kv_bytes(llm.spec, PROMPT + NEW)
+    print(resident() - before, expected)
 
 
 def resident() -> int:
@@ -65,8 +65,8 @@ def resident() -> int:
 
 def steady_memory(folder: Path) -> Row:
     argv = [sys.executable, __file__, "--memory-of", str(folder)]
-    grown, held = map(int, subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split())
-    return row("100m-memory/weights-and-cache", grown / 1e6, held / 1e6, "MB", lower_is_better=True)
+    grown, expected = map(int, subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split())
+    return row("100m-memory/weights-and-cache", grown / 1e6, expected / 1e6, "MB", lower_is_better=True)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
 loss-memory/naive               peak memory of a step with vocabulary 128,256 and 2 x 1024 tokens: ours beside a loss
                                 that materialises the logits
 
-Each side is a process of its own that waits for its turn. The peer is a faithful model of nanoGPT's block, loss and
+Each side is a process of its own that waits for its sample. The peer is a faithful model of nanoGPT's block, loss and
 optimizer (peers.py), with nanoGPT's vocabulary of 50,304. `shakespeare-cpu/nanogpt` comes from shakespeare.py;
 --no-shakespeare leaves it out. `--against CHECKOUT` compares with another commit instead: rows named `previous`.
 """
@@ -92,8 +92,8 @@ def step_rows(args: Namespace) -> list[Row]:
         pairs = measure_pairs(ours.ask, peer.ask, args.pairs)
         peer.close()
         if name == "matmul":
-            pairs.ours = [replace(turn, value=turn.value * per_token / 1e9) for turn in pairs.ours]
-            pairs.peer = [replace(turn, value=turn.value / 1e9) for turn in pairs.peer]
+            pairs.ours = [replace(sample, value=sample.value * per_token / 1e9) for sample in pairs.ours]
+            pairs.peer = [replace(sample, value=sample.value / 1e9) for sample in pairs.peer]
             rows.append(pair_row("124m-step/matmul-bf16", pairs, "GFLOP/s"))
         else:
             rows.append(pair_row(f"124m-step/{PEERS.get(name, name)}", pairs, "tokens/s"))

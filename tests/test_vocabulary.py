@@ -21,8 +21,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*
 # Names that stood for a term of the field. Words of this list may appear in prose, but name nothing.
 IDENTIFIERS = """
 Step asked asking sees visible ordered mixed placed turn turned lowered by_products _products_pay _written_out
-_later embedded dropped _sees looped_product routed fast slow tempering streamline streamlined Streamed streamed
-Rest Inner Normed Turn Read weigh alike alone even held put each_alone Coded Bits coded CodedEmbedding CodedExperts
+_later embedded dropped _sees looped_product fast slow tempering streamline streamlined Streamed streamed
+Rest Inner Normed Read weigh alike alone even held put each_alone Coded Bits coded CodedEmbedding CodedExperts
 Ranges in_4_bits in_8_bits in_float8 corrected encoded decoded Texts Event forget advance peek Guess Guesser Tally
 Lookup Draft guess guesses guessed settle settled Choices adjusted luck Shapes Constraint Matcher Matchers lengthen
 lengthened Columns Summed Over Kept Setup judges agree averaged Made good judge Elsewhere Parted Receiving Sending

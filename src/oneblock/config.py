@@ -127,8 +127,8 @@ SEED = Range(0, 2**63 - 1)  # what torch.Generator.manual_seed takes without wra
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint to append to an error: `: did you mean x?`, or nothing when no name is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f": did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f": did you mean {matches[0]}?" if matches else ""
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -225,8 +225,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    wanted = " or ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise OneblockError(f"{where} is {value!r}, but it must be {wanted}")
+    expected = " or ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise OneblockError(f"{where} is {value!r}, but it must be {expected}")
 
 
 def convert_any(choices: list[Any], value: Any, where: str) -> Any:
