@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ SIZES = {"vocab": 256, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, 
 
 
 def build_state(world: World, family: str, seed: int = 0) -> State:
-    sizes = {key: value for key, value in SIZES.items() if (family, key) != ("gpt2", "n_kv_heads")}
+    sizes: dict[str, Any] = {key: value for key, value in SIZES.items() if (family, key) != ("gpt2", "n_kv_heads")}
+    if family == "mllama":
+        sizes["cross"] = (False, True)  # the cross-attention layer is skipped, as without images
     model = Decoder(get_spec(family, **sizes))
     init_weights(model, seed)
     return start(parallelize(model, world), OPTIMIZER)

@@ -45,5 +45,14 @@ class AllGatherKV:
     def key_positions(self, layer: int) -> Tensor:
         return self.positions
 
+    def begin_image(self, image: Tensor | None) -> None:
+        pass
+
+    def update_image(self, layer: int, k: Tensor, v: Tensor) -> None:
+        pass
+
+    def image_kv(self, layer: int) -> None:
+        return None
+
     def end(self) -> None:
         pass

@@ -178,7 +178,7 @@ class World:
 
     def _norm_over_stages(self, params: list[nn.Parameter]) -> Tensor:
         """Return the gradient norm over pipeline stages; a tied matrix counts once."""
-        squares = total_norm([p for p in params if not p.is_tied_copy]).square()  # type: ignore[attr-defined]
+        squares = total_norm([p for p in params if not getattr(p, "is_tied_copy", False)]).square()
         dist.all_reduce(squares, group=self.groups["pp"])
         return squares.sqrt()
 

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -272,8 +272,7 @@ def progress(folder: Path) -> Progress:
 def restore(folder: Path, state: State) -> Progress:
     """Fill the state from a verified checkpoint, to the last bit; each rank takes its part."""
     at, stored = progress(folder), Stored(folder)
-    if any(not key.startswith("ema.") for key in stored.where):  # nothing is kept before the first good step
-        prime(state)
+    prime(state, [key for key in stored.where if not key.startswith("ema.")])
     weights = dict(load_model(folder, dtype=torch.float32).model.named_parameters())
     for name, p in state.model.named_parameters():
         if isinstance(p, RemoteParameter):
@@ -286,10 +285,13 @@ def restore(folder: Path, state: State) -> Progress:
     return at
 
 
-def prime(state: State) -> None:
-    """Make the optimizer set up its tensors: a step of zero gradients at a rate of zero."""
-    for p in state.model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+def prime(state: State, stored: Sequence[str]) -> None:
+    """Make the optimizer allocate the stored moments: a step of zero gradients at a learning rate of zero.
+
+    Parameters without a gradient so far, such as those of cross-attention without images, have none.
+    """
+    for name, p in state.model.named_parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad and any(key.endswith(f".{name}") for key in stored) else None
     state.optimizer.set_rate(0.0)
     state.optimizer.step(torch.ones((), dtype=torch.bool))
     state.optimizer.zero_grad()
