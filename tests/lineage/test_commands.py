@@ -142,12 +142,12 @@ def test_diff(capsys: pytest.CaptureFixture[str]):
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert "did you mean 'llama-3-8b'" in refused(capsys, "compare", "llama-3-8")
     assert "give at least one model" in refused(capsys, "compare")
-    assert "no file or folder" in refused(capsys, "diff", "gpt2", str(tmp_path / "config.json"))
+    assert "no such file or folder" in refused(capsys, "diff", "gpt2", str(tmp_path / "config.json"))
     assert "choose from gpt1" in refused(capsys, "models", "--family", "gpt9")
     assert "unknown dtype" in refused(capsys, "compare", "gpt2", "--dtype", "int9")
     (tmp_path / "file").write_text("")
     assert "could not be written" in refused(capsys, "compare", "gpt2", "--plot", str(tmp_path / "file" / "x.png"))
-    assert "must be at least 1" in refused(capsys, "compare", "gpt2", "--context", "0")
+    assert "at least 1 and at most" in refused(capsys, "compare", "gpt2", "--context", "0")
     assert "--family" in refused(capsys, "models", "--famly", "llama")
 
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from oneblock.errors import OneblockError
+from oneblock.lineage import spec_of
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES
-from oneblock.store import resolve, save_model
+from oneblock.store import resolve, resolve_architecture, save_model
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
 
@@ -121,13 +122,27 @@ except OneblockError as error:
 """
 
 
-def ask(name: str, home: Path, address: str, **environment: str) -> tuple[int, str]:
+SPEC_OF = """
+import sys
+from oneblock.errors import OneblockError
+from oneblock.cli import main
+from oneblock.store import resolve_architecture
+try:
+    print(resolve_architecture(sys.argv[1]))
+    main(["diff", sys.argv[1], "llama", "--json"])
+except OneblockError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+def ask(name: str, home: Path, address: str, code: str = LOAD, **environment: str) -> tuple[int, str]:
     """Exit status and output of a new process: huggingface_hub reads its settings at import."""
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5"}
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     run = subprocess.run(
-        [sys.executable, "-c", LOAD, name], env=clean | settings | environment, capture_output=True, text=True
+        [sys.executable, "-c", code, name], env=clean | settings | environment, capture_output=True, text=True
     )
     assert "Traceback" not in run.stderr, run.stderr
     return run.returncode, run.stdout.strip()
@@ -196,3 +211,43 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 resolve(name)
     with pytest.raises(OneblockError, match="no such folder"):
         resolve(tmp_path / "org")
+
+
+def test_architectures_of_the_hub_download_their_configuration_alone(hub: Hub, tmp_path: Path) -> None:
+    status, output = ask("tiny/llama@v2", tmp_path, hub.address, SPEC_OF)
+    assert status == 0, output
+    path, changes = Path(output.partition("\n")[0]), json.loads(output.partition("\n")[2])
+    assert path.name == "config.json"
+    assert [file.name for file in path.parent.iterdir()] == ["config.json"]
+    assert changes
+    status, output = ask("tiny/unknown", tmp_path, hub.address, SPEC_OF)
+    assert status == 1
+    assert output.startswith("tiny/unknown: no such local folder, and no such model on the hub")
+
+
+def test_a_published_name_wins_over_a_folder_of_the_same_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rule for compare, diff, train --model, load and --init; ./name is the folder."""
+    save_model(tmp_path / "gpt2", Decoder(FAMILIES["llama"](dim=8, n_heads=2, n_layers=1, hidden_dim=8)))
+    monkeypatch.chdir(tmp_path)
+    assert resolve_architecture("gpt2") is None
+    assert spec_of("gpt2").dim == 768
+    note = "gpt2: taking the published model; give ./gpt2 for the local folder\n"
+    assert capsys.readouterr().err == 2 * note
+    assert spec_of("./gpt2").dim == spec_of(str(tmp_path / "gpt2")).dim == 8
+    assert resolve("./gpt2") == Path("gpt2")
+    assert resolve(Path("gpt2")) == Path("gpt2")
+    with pytest.raises(OneblockError, match=r"^gpt2 is a published architecture, which .* give \./gpt2 for the local"):
+        resolve("gpt2")
+    with pytest.raises(OneblockError, match=r"^llama-3-8b is a published architecture, which .* give a model folder"):
+        resolve("llama-3-8b")
+    assert capsys.readouterr().err == ""
+
+
+def test_paths_of_architectures(tmp_path: Path) -> None:
+    assert resolve_architecture(str(tmp_path)) == tmp_path
+    assert resolve_architecture("lama-3-8b") is None  # get_spec suggests the nearest name
+    for name in ("/no/where", "./nowhere", "../a/b", "a/b/c", "~/nowhere", "nowhere.json"):
+        with pytest.raises(OneblockError, match=r"no such file or folder; give a config\.json, its folder, or a model"):
+            resolve_architecture(name)

@@ -376,7 +376,7 @@ def load(
     """
     device = check_device(device)
     sharded = ranks is not None and ranks.size > 1
-    checkpoint, tokenizer = read_checkpoint(store.resolve(str(path_or_name)), dtype, "cpu" if sharded else device)
+    checkpoint, tokenizer = read_checkpoint(store.resolve(path_or_name), dtype, "cpu" if sharded else device)
     prepare_for_inference(checkpoint.model, ranks=ranks, device=device if sharded else None)
     return LLM(checkpoint.model, tokenizer, checkpoint.config, checkpoint.generation, checkpoint.layout)
 

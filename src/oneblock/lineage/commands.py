@@ -64,16 +64,11 @@ class Costs:
 
 
 def spec_of(name_or_path: str) -> Spec:
-    """The Spec of a model or family by name, or of a Hugging Face config.json (or the folder that holds it)."""
-    path = Path(name_or_path)
-    named = name_or_path.lower() in MODELS or name_or_path.lower().replace("-", "_") in FAMILIES
-    if named or not (path.exists() or path.suffix == ".json" or len(path.parts) > 1):
-        return get_spec(name_or_path)
-    if not path.exists():
-        raise OneblockError(f"no file or folder {name_or_path!r}: give a config.json, its folder, or a model's name")
-    from oneblock.store.config import read_config
+    """The Spec of a published model or family, or of a config.json on disk or on the hub."""
+    from oneblock.store import read_config, resolve_architecture
 
-    return read_config(path)[0]
+    path = resolve_architecture(name_or_path)
+    return get_spec(name_or_path) if path is None else read_config(path)[0]
 
 
 def models(options: Models) -> None:

@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oneblock.store.config import read_config, write_config
-    from oneblock.store.hub import resolve
+    from oneblock.store.hub import resolve, resolve_architecture
     from oneblock.store.load import Checkpoint, load_model
     from oneblock.store.save import replace_model_folder, save_model
 
-__all__ = ["Checkpoint", "load_model", "read_config", "replace_model_folder", "resolve", "save_model", "write_config"]
+__all__ = [
+    "Checkpoint",
+    "load_model",
+    "read_config",
+    "replace_model_folder",
+    "resolve",
+    "resolve_architecture",
+    "save_model",
+    "write_config",
+]
 
 _MODULES = {
     "Checkpoint": "load",
@@ -19,6 +28,7 @@ _MODULES = {
     "read_config": "config",
     "replace_model_folder": "save",
     "resolve": "hub",
+    "resolve_architecture": "hub",
     "save_model": "save",
     "write_config": "config",
 }

@@ -15,7 +15,7 @@ from oneblock.data.tokens import Tokens, concatenate_tokens
 from oneblock.errors import OneblockError
 from oneblock.model import Dropout
 from oneblock.spec import Spec, get_spec
-from oneblock.store import manifest, read_config, resolve
+from oneblock.store import manifest, read_config, resolve, resolve_architecture
 from oneblock.text import Tokenizer
 from oneblock.text.train import byte_level, characters, train_bpe
 from oneblock.train.options import Dropouts, Loop, Start, Train
@@ -183,13 +183,13 @@ def tokenizer_for(options: Train, texts: Sequence[str]) -> Tokenizer:
 def spec_for(options: Train, vocab: int, init: Path | None = None) -> tuple[Spec, int]:
     """The architecture and the sequence length: of the weights in `init`, of a config.json, or of a named model."""
     sizes = {key: value for key, value in asdict(options.sizes).items() if value is not None}
-    path = init or Path(options.model)
-    if init is None and path.is_dir() and any(path.glob("*.safetensors")):
+    path = init or resolve_architecture(options.model)
+    if init is None and path is not None and path.is_dir() and any(path.glob("*.safetensors")):
         raise OneblockError(
             f"--model takes an architecture, but {path} holds weights: --init {path} starts from them, "
             f"--model {path}/config.json starts from random weights"
         )
-    if init is not None or path.exists():
+    if path is not None:
         if sizes:
             raise OneblockError(
                 f"{options.init or path} has its own sizes: name a model (oneblock models) to change {', '.join(sizes)}"
