@@ -130,6 +130,7 @@ def test_malformed_meshes_are_refused(text: str, ranks: int, message: str) -> No
             Train(loop=Loop(batch_size=9)),
             "experts 4 is not divisible by ep=3; use ep=1, 2 or 4",
         ),
+        (Mesh(tp=2), "llama", Train(loop=Loop(fp8=True)), "--fp8 is not supported with tp=2"),
         (Mesh(tp=2), "olmo2", Train(), "QK norms over all heads"),
         (Mesh(tp=2), "mixtral", Train(), "does not support MoE models in training"),
         (Mesh(fsdp=2), "llama", Train(optimizer=Optimizer("muon")), "muon needs unsharded weights, not fsdp=2"),

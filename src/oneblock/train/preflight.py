@@ -182,6 +182,8 @@ def check_mesh(spec: Spec, context: int, options: Train, mesh: Mesh) -> None:
         raise OneblockError(f"--documents is not supported with cp={mesh.cp}; leave one of them out")
     if optimizer != "adamw" and (mesh.fsdp > 1 or mesh.tp > 1 or mesh.ep > 1):
         raise OneblockError(f"--optimizer {optimizer} needs unsharded weights, not {mesh}; use dp, cp or pp, or adamw")
+    if options.loop.fp8 and mesh.tp > 1:  # torchao's layers replace those that multiply by a shard
+        raise OneblockError(f"--fp8 is not supported with tp={mesh.tp}; use dp or fsdp, or leave --fp8 out")
     parallelize.check_mesh(spec, context, mesh)
 
 
