@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oneblock.errors import OneblockError
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.model import Decoder
 from oneblock.plan import TrainingConfig, memory, params, plan_model
 from oneblock.plan.activations import ActivationConfig, activations
@@ -136,7 +137,9 @@ def kept_for_backward(model: Decoder, tokens: int) -> float:
 @pytest.mark.parametrize("tokens", [128, 1280])  # scores written out, and the fused path
 def test_activations_are_what_torch_keeps(family: str, tokens: int):
     built = FAMILIES[family](context=2048)
-    measured = kept_for_backward(Decoder(built), tokens)
+    model = Decoder(built)
+    use_fast_kernels(model)
+    measured = kept_for_backward(model, tokens)
     assert measured == pytest.approx(activations(built, ActivationConfig(4, tokens, cpu=True)), rel=0.1)
 
 
