@@ -60,7 +60,7 @@ HEADS = {
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("head", HEADS)
 def test_in_parts_it_is_the_loss_written_out(head: str, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "LOSS_PART", 5 * 97 * 8)  # 5 rows at a time,
+    monkeypatch.setattr(parts, "LOSS_CHUNK_BYTES", 5 * 97 * 8)  # 5 rows at a time,
     monkeypatch.setattr(parts, "FAST", 2 * 97 * 4)  # 2 of them in the cache,
     monkeypatch.setattr(parts, "WORDS", 40)  # 40 words of the gradient
     family, changes = HEADS[head]

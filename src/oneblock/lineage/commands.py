@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from oneblock.config import Range
 from oneblock.errors import OneblockError
 from oneblock.lineage import table
-from oneblock.plan import Plan, Run, describe, plan_model, train_run
+from oneblock.plan import describe, plan_model, train_run
 from oneblock.spec import FAMILIES, MODELS, Spec, get_spec
 
 
@@ -51,16 +51,6 @@ class Diff:
     before: Positional[str]  # a model, a family, org/name on the hub, a config.json file or its folder
     after: Positional[str]  # the architecture to compare with it
     json: bool = False  # print the changes as JSON
-
-
-@dataclass(frozen=True)
-class Costs:
-    """One column of a comparison."""
-
-    name: str
-    spec: Spec
-    plan: Plan
-    run: Run
 
 
 def spec_of(name_or_path: str) -> Spec:
@@ -105,12 +95,12 @@ def compare(options: Compare) -> None:
         print(note, file=sys.stderr if options.json else sys.stdout)
 
 
-def compute_costs(name: str, options: Compare) -> Costs:
+def compute_costs(name: str, options: Compare) -> table.Costs:
     """The plan and the training run of one model."""
     model = spec_of(name)
     run = train_run(model, options.context, options.tokens, options.gpu, options.gpus, options.mfu, options.price)
     costs = plan_model(model, options.context, options.batch_size, options.dtype, options.image_tokens)
-    return Costs(label(name), model, costs, run)
+    return table.Costs(label(name), model, costs, run)
 
 
 def label(name_or_path: str) -> str:
@@ -119,7 +109,7 @@ def label(name_or_path: str) -> str:
     return path.resolve().parent.name if path.name == "config.json" else path.name or path.resolve().name
 
 
-def notes(costs: list[Costs], options: Compare) -> list[str]:
+def notes(costs: list[table.Costs], options: Compare) -> list[str]:
     """Assumptions that the figures do not show."""
     lines = [
         f"{c.name} has a context of {c.spec.context:,} tokens: its figures at {options.context:,} are hypothetical"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,11 +11,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from oneblock.errors import OneblockError
 from oneblock.files import replace_file
+from oneblock.lineage.table import Costs
 from oneblock.plan import GPUS, cache, memory, params
 from oneblock.units import format_bytes, format_count, format_flops
-
-if TYPE_CHECKING:
-    from oneblock.lineage.commands import Costs
 
 INK, FAINT = "#2b2b33", "#d9d9e0"
 COLOURS = ("#3366cc", "#e07a1f", "#2a9d6f", "#b5479b", "#c0392b", "#6b5b95", "#8a7a3b", "#4b8fa8")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from oneblock.plan import cache, params
+from oneblock.plan import Plan, Run, cache, params
 from oneblock.plan.describe import Change
 from oneblock.spec import Model, Spec
 from oneblock.units import format_bytes, format_count, format_duration, format_flops, format_money, format_ratio
-
-if TYPE_CHECKING:
-    from oneblock.lineage.commands import Costs
 
 PIPE_WIDTH = 1000  # columns of a pipe: no table is wider
 
@@ -83,6 +80,16 @@ def models_table(rows: list[dict[str, Any]], width: int) -> Table:
 
 
 # ------------------------------------------------------------------ compare
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One column of a comparison."""
+
+    name: str
+    spec: Spec
+    plan: Plan
+    run: Run
 
 
 @dataclass(frozen=True)

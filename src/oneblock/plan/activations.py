@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from oneblock.constants import MATMUL_BLOCK, MATMUL_MAX_TRAINING_TOKENS
 from oneblock.spec import Attention, Layer, Mlp, Moe, Norm, Spec
 
 STREAM_BYTES = 4  # bytes of a residual-stream element, which stays in fp32
@@ -22,9 +23,6 @@ NORM_COUNTS = {
     "parallel": (1, 0),
     "parallel_two": (2, 0),
 }
-
-SHORT = {2: 512, 4: 256}  # tokens up to which CPUs write scores out, and in blocks of so many queries
-BLOCK = 128
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -82,9 +80,10 @@ def attention(a: Attention, n: Norm, config: ActivationConfig) -> int:
 
 def scores(a: Attention, config: ActivationConfig) -> int:
     """The log-sum-exp in fp32; for short sequences on CPUs the lower triangle of the attention weights, in blocks."""
-    if not config.cpu or config.context > SHORT[config.itemsize] or a.window or a.chunk or a.softcap or a.sinks:
+    is_causal = not (a.window or a.chunk or a.softcap or a.sinks)
+    if not config.cpu or not is_causal or config.context > MATMUL_MAX_TRAINING_TOKENS[config.itemsize]:
         return 4 * a.n_heads
-    blocks = -(-config.context // BLOCK)
+    blocks = -(-config.context // MATMUL_BLOCK)
     return round(a.n_heads * config.context * (blocks + 1) / (2 * blocks)) * config.itemsize
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from oneblock.constants import LOSS_CHUNK_BYTES
 from oneblock.errors import OneblockError
 from oneblock.plan import params
 from oneblock.plan.activations import ActivationCheckpointing, ActivationConfig, activations
@@ -17,8 +18,6 @@ PREFILL = 2048  # tokens of one prefill chunk
 # CPU heap overhead, measured (docs/memory.md): free memory between gradients and activations of other sizes, as a share
 # of the gradients, and the compiled matmul kernels with their scratch buffers.
 HEAP_FRAGMENTATION, KERNEL_SCRATCH = 0.45, 100_000_000
-
-LOSS_PART = 256 << 20  # bytes of logits and their gradient in one chunk of the fused loss
 
 
 def weight_bytes(dtype: str) -> float:
@@ -205,6 +204,6 @@ def optimizer_bytes(spec: Spec, optimizer: str) -> int:
 
 def loss_bytes(spec: Spec, tokens: int, size: int, cpu: bool) -> int:
     """The LM head in 16 bits, the logits of one chunk of tokens, and the gradient of the hidden states."""
-    chunk = min(tokens, max(1, LOSS_PART // (spec.vocab * (4 + size)))) * spec.vocab
+    chunk = min(tokens, max(1, LOSS_CHUNK_BYTES // (spec.vocab * (4 + size)))) * spec.vocab
     logits = chunk * (size if cpu else size + 8)  # CPUs convert to fp32 in cache-sized rows
     return (spec.vocab * spec.dim * 2 if size == 2 else 0) + logits + 2 * tokens * spec.dim * size

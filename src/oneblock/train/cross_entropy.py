@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneblock.constants import LOSS_CHUNK_BYTES
 from oneblock.model import Decoder
 from oneblock.parallel.pipeline import RemoteParameter
-from oneblock.plan.memory import LOSS_PART
 
 FAST = 2 << 20  # bytes of logits that are worked on at once on a CPU: they stay in its caches
 WORDS = 4096  # rows of the weight's gradient that are added to at once: what is added is never whole either
@@ -57,7 +57,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         count = (targets != head.ignore).sum().clamp(min=1)
         cast = weight.to(x.dtype)
         total, entropy = (torch.zeros((), device=x.device) for _ in range(2))
-        rows = max(1, LOSS_PART // (cast.shape[0] * (4 + x.element_size())))
+        rows = max(1, LOSS_CHUNK_BYTES // (cast.shape[0] * (4 + x.element_size())))
         room = x.new_empty(min(rows, len(x)), len(cast))  # for all parts: memory that comes fresh is slow
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)

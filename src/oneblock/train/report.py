@@ -5,19 +5,19 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from oneblock.files import write_file
 from oneblock.plan import params
+from oneblock.train.loop import State
 from oneblock.train.options import Train
-from oneblock.train.preflight import find_gpu
-from oneblock.train.run import CONFIG, CURVES, METRICS, PATHS, PICTURE, Results, results
+from oneblock.train.preflight import Estimate, find_gpu
+from oneblock.train.prepare import Job
+from oneblock.train.run import CONFIG, CURVES, METRICS, PATHS, PICTURE, Log, Results, results
 from oneblock.units import format_bytes, format_clock, format_duration, format_scaled
-
-if TYPE_CHECKING:
-    from oneblock.train.trainer import Trainer
 
 REPORT = "report.md"
 FILES = {
@@ -31,12 +31,23 @@ FILES = {
 Row = tuple[str, str]
 
 
-def write(trainer: Trainer, sample: str | None) -> None:
+class ReportedRun(Protocol):
+    """A training run as its report reads it; a `Trainer` is one."""
+
+    run: Path
+    job: Job
+    options: Train
+    plan: Estimate
+    log: Log
+    state: State
+
+
+def write(trainer: ReportedRun, sample: str | None) -> None:
     """Write the report. `sample` is text generated at the end; None if the run was stopped before."""
     write_file(trainer.run / REPORT, "\n".join(render(trainer, sample)) + "\n")
 
 
-def render(trainer: Trainer, sample: str | None) -> Iterator[str]:
+def render(trainer: ReportedRun, sample: str | None) -> Iterator[str]:
     """The lines of the report."""
     options, metrics = trainer.options, results(trainer.log.rows)
     yield from (f"# {trainer.run.resolve().name}: {options.model}, {params.total(trainer.job.spec):,} parameters", "")
@@ -75,7 +86,7 @@ def result_rows(metrics: Results, step: int) -> list[Row]:
     return rows
 
 
-def model_rows(trainer: Trainer) -> list[Row]:
+def model_rows(trainer: ReportedRun) -> list[Row]:
     job, options, spec = trainer.job, trainer.options, trainer.job.spec
     sequences = options.loop.batch_size * options.loop.gradient_accumulation_steps
     validation = f"{len(job.val):,} tokens" if job.val is not None else "none"
@@ -90,7 +101,7 @@ def model_rows(trainer: Trainer) -> list[Row]:
     ]
 
 
-def cost_rows(trainer: Trainer, metrics: Results) -> list[Row]:
+def cost_rows(trainer: ReportedRun, metrics: Results) -> list[Row]:
     plan = trainer.plan
     epochs = trainer.state.tokens / trainer.job.tokens
     expected = format_duration(plan.run.seconds)

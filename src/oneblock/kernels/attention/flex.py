@@ -47,6 +47,7 @@ def flex(
     )  # fmt: skip
     if sinks is None:
         return y
+    assert aux.lse is not None
     return y * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].type_as(y)  # one more term of the softmax
 
 
