@@ -31,7 +31,8 @@ def prepare_for_inference(
     1. Quantize (`quant`; by GPTQ on `calibration_ids` (B, T), reporting each layer): ranges belong to whole matrices.
     2. Shard over `ranks`: slices of quantized layers stay quantized.
     3. Move to `device`: a rank never holds the whole model on its GPU.
-    4. Fuse for CPUs: decides per call which layers one kernel may compute, so wrapped or hooked layers are called.
+    4. Select the attention backend and fuse modules for CPUs: fused modules decide per call which layers one kernel may
+       compute, so that wrapped or hooked layers are called.
     Compilation comes last and is lazy (`kernels.compiled_step`); it notices whatever changes the model afterwards.
     """
     sharded = ranks is not None and ranks.size > 1

@@ -30,7 +30,7 @@ def is_available() -> bool:
 
 def can_use_kernels(x: Tensor) -> bool:
     """Whether the kernels accept x: on a CPU, in bf16, without gradients."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and is_available()
+    return x.is_cpu and x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and is_available()
 
 
 def use_kernel(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ module does what the one it replaced does.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.kernels.linear import (
     MAX_ROWS,
     SkinnyGemmLinear,
-    can_fuse,
     fused_linear,
     is_unmodified,
     kernel_args,
@@ -55,10 +54,7 @@ class FusedAttention(Attention):
         rope = self.spec.rope
         if not use_kernel(x) or x.stride(-1) != 1 or rope is None or rope.interleaved:
             return super().rotate(x, cos, sin)
-        # Tokens become rows of length one: the operator stores its output row by row, as attention reads it.
-        rows = len(x) if cos.shape[1] > 1 else len(cos)
-        cos, sin = (table.expand(rows, -1, -1, -1).flatten(0, 1)[:, None].contiguous() for table in (cos, sin))
-        return torch.ops.oneblock_cpu.apply_rope(x.flatten(0, 1)[:, :, None], cos, sin).view(x.shape)
+        return torch.ops.oneblock_cpu.apply_rope(x, cos.contiguous(), sin.contiguous())
 
 
 class FusedMlp(Mlp):
@@ -94,32 +90,26 @@ class FusedBlock(Block):
     """A block that in a decode step computes everything after its attention in one kernel."""
 
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
-        if x.shape[1] > 1 or len(x) > MAX_ROWS or not can_use_kernels(x) or not self.can_fuse(x.dtype):
+        one_token = x.shape[1] == 1 and x.shape[0] <= MAX_ROWS and can_use_kernels(x)
+        args = self.kernel_args_after_attention(x.dtype) if one_token else None
+        if args is None:
             return super().forward(x, ctx, layer)
-        attn, mlp, norm = self.attn, cast(FusedMlp, self.mlp), cast(Norm, self.mlp_in)
-        y = attn.attend(self.attn_in(x), ctx, layer)
-        args = kernel_args(cast(Any, self.linears_after_attention(mlp)))
-        coefficients = sigmoid_coefficients(mlp.spec)
-        assert coefficients is not None
-        return torch.ops.oneblock_cpu.fused_post_attention(
-            x.contiguous(), y.contiguous(), *args, *norm_args(norm), *coefficients
-        )
+        y = self.attn.attend(self.attn_in(x), ctx, layer)
+        return torch.ops.oneblock_cpu.fused_post_attention(x.contiguous(), y.contiguous(), *args)
 
-    def can_fuse(self, dtype: torch.dtype) -> bool:
-        """Whether the parts are those that the kernel knows, unwrapped and without hooks."""
+    def kernel_args_after_attention(self, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """The operator's arguments after x and y; None unless all parts are fused ones without wrappers or hooks."""
         attn, mlp, norm = self.attn, self.mlp, self.mlp_in
-        return (
-            self.residual == "pre"
-            and self.attn_gate is None
-            and (type(attn), type(mlp), type(norm)) == (FusedAttention, FusedMlp, FusedNorm)
-            and is_unmodified(attn, mlp, norm)
-            and cast(FusedNorm, norm).weight.dtype == dtype
-            and sigmoid_coefficients(cast(FusedMlp, mlp).spec) is not None
-            and can_fuse(*self.linears_after_attention(cast(FusedMlp, mlp)))
-        )
-
-    def linears_after_attention(self, mlp: Mlp) -> list[nn.Module]:
-        return [m for m in (self.attn.wo, mlp.gate, mlp.up, mlp.down) if m is not None]
+        if type(attn) is not FusedAttention or type(mlp) is not FusedMlp or type(norm) is not FusedNorm:
+            return None
+        coefficients = sigmoid_coefficients(mlp.spec)
+        plain = self.residual == "pre" and self.attn_gate is None and is_unmodified(attn, mlp, norm)
+        if coefficients is None or not plain or norm.weight.dtype != dtype:
+            return None
+        gate = mlp.gate
+        layers = (attn.wo, mlp.up, mlp.down) if gate is None else (attn.wo, gate, mlp.up, mlp.down)
+        args = kernel_args(*layers)
+        return None if args is None else (*args, *norm_args(norm), *coefficients)
 
 
 def make_rows_contiguous(x: Tensor) -> Tensor:

@@ -4,15 +4,15 @@ A linear layer is a module with `in_features`, `out_features` and a `forward` fr
 (.., out_features). Nothing more is needed: a layer that declares nothing else, such as a LoRA wrapper, is always
 called. A class may also declare, and a subclass must declare anew:
 
-    fusion_key, kernel_weight   its layers go through the C++ GEMM, fused with others of the same class and key
-    slice                       its rows or columns can be split over tensor-parallel ranks
-    dequantize                  its weights in fp32
+    kernel_weight   its layers go through the C++ GEMM, fused with others of the same class and format
+    slice           its rows or columns can be split over tensor-parallel ranks
+    dequantize      its weights in fp32
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,9 @@ MAX_ROWS = 16  # rows of x up to which the bf16 kernel is faster than torch's GE
 ROWS, COLUMNS = 0, 1  # dimensions of a weight matrix (out_features, in_features)
 
 
-class KernelWeight(NamedTuple):
-    """One weight matrix as the C++ GEMM takes it: bf16, or qweight with scales and, for int4, group parameters."""
-
-    weight: Tensor
-    scale: Tensor | None = None
-    group_params: Tensor | None = None
-    group_size: int = 0  # columns whose activations share a scale
+# One weight matrix as the C++ GEMM takes it: format, bf16 weight or qweight, scale, int4 group parameters, bias, rows,
+# columns whose activations share a scale. Matrices of one format can be fused. A plain tuple: built in every step.
+KernelWeight = tuple[Hashable, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]
 
 
 class KernelLinear(Protocol):
@@ -43,13 +39,10 @@ class KernelLinear(Protocol):
     max_rows: ClassVar[float]  # rows of x up to which the kernel is the faster one
     in_features: int
     out_features: int
-    bias: Tensor | None
 
-    def fusion_key(self) -> Hashable | None:
-        """Layers of one class with equal keys can be fused; None: this layer cannot use the kernel now."""
+    def kernel_weight(self) -> KernelWeight | None:
+        """The GEMM's operands; None if this layer cannot use the kernel."""
         ...
-
-    def kernel_weight(self) -> KernelWeight: ...
 
 
 def uses_gemm_kernel(cls: T) -> T:
@@ -60,50 +53,65 @@ def uses_gemm_kernel(cls: T) -> T:
 
 def is_unmodified(*modules: nn.Module) -> bool:
     """Whether calling these modules does no more than their class says: no forward hooks, no patched `forward`."""
-    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
+    for m in modules:  # noqa: SIM110 - faster than a generator, in every decode step
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+            return False
+    return True
+
+
+def kernel_args(*layers: nn.Module) -> tuple[list[Any], ...] | None:
+    """The operands of layers that one kernel may compute, else None: each class must declare it, none may have hooks.
+
+    Runs in every decode step, so it reads each layer once.
+    """
+    kind = type(layers[0])
+    if getattr(kind, "kernel_class", None) is not kind or not is_unmodified(*layers):
+        return None
+    return pack_weights([cast(KernelLinear, x).kernel_weight() if type(x) is kind else None for x in layers])
+
+
+def pack_weights(weights: Sequence[KernelWeight | None]) -> tuple[list[Any], ...] | None:
+    """Weights of one format as the operators take them: weights, scales, group params, biases, rows, group sizes."""
+    if None in weights:
+        return None
+    formats, *operands, rows, group_sizes = zip(*cast("Sequence[KernelWeight]", weights), strict=True)
+    if any(f != formats[0] for f in formats):
+        return None
+    return *([] if x[0] is None else list(x) for x in operands), list(rows), list(group_sizes)
 
 
 def can_fuse(*layers: nn.Module) -> bool:
-    """Whether one kernel may compute all these layers: each declares it, all have one class and key, none has hooks."""
-    kind = type(layers[0])
-    if getattr(kind, "kernel_class", None) is not kind:
-        return False
-    key = cast(KernelLinear, layers[0]).fusion_key()
-    return key is not None and all(
-        type(x) is kind and cast(KernelLinear, x).fusion_key() == key and is_unmodified(x) for x in layers
-    )
-
-
-def fits_kernel(layer: KernelLinear, x: Tensor) -> bool:
-    """Whether the kernel accepts x (.., in_features) and is faster than torch for so many rows."""
-    columns = x.shape[-1]
-    return can_use_kernels(x) and columns == layer.in_features and x.numel() <= layer.max_rows * columns
+    """Whether one kernel may compute all these layers."""
+    return kernel_args(*layers) is not None
 
 
 def fused_linear(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
     """Apply each layer to x (.., in_features): in one kernel if all can be fused, otherwise by calling each."""
-    if can_fuse(*layers) and fits_kernel(cast(KernelLinear, layers[0]), x):
-        return linear_kernel(x, *cast(Sequence[KernelLinear], layers))
-    return [layer(x) for layer in layers]
+    args = kernel_args(*layers) if can_use_kernels(x) else None
+    if args is None or not fits_kernel(cast(KernelLinear, layers[0]), x):
+        return [layer(x) for layer in layers]
+    return linear_kernel(x, args).split_with_sizes(args[4], -1)  # `split` costs a Python call
 
 
-def linear_kernel(x: Tensor, *layers: KernelLinear) -> Sequence[Tensor]:
-    """Each layer's output from one call of the C++ GEMM."""
-    y = torch.ops.oneblock_cpu.linear(x.contiguous(), *kernel_args(layers)).view(*x.shape[:-1], -1)
-    return y.split([layer.out_features for layer in layers], -1) if len(layers) > 1 else (y,)
+def forward_with_kernel(layer: KernelLinear, x: Tensor) -> Tensor | None:
+    """One layer's output by the C++ GEMM; None if it or x cannot use it."""
+    args = pack_weights([layer.kernel_weight()]) if can_use_kernels(x) and fits_kernel(layer, x) else None
+    return None if args is None else linear_kernel(x, args)
 
 
-def kernel_args(layers: Sequence[KernelLinear]) -> tuple[list[Any], ...]:
-    """Fusable layers as the operators take them: weights, scales, group parameters, biases, rows, group sizes."""
-    weights = [layer.kernel_weight() for layer in layers]
-    return (
-        [w.weight for w in weights],
-        [w.scale for w in weights if w.scale is not None],
-        [w.group_params for w in weights if w.group_params is not None],
-        [layer.bias for layer in layers if layer.bias is not None],
-        [layer.out_features for layer in layers],
-        [w.group_size for w in weights],
-    )
+def fits_kernel(layer: KernelLinear, x: Tensor) -> bool:
+    """Whether x (.., in_features) has the layer's size, and few enough rows for the kernel to be the faster one."""
+    columns = x.shape[-1]
+    return columns == layer.in_features and x.numel() <= layer.max_rows * columns
+
+
+def linear_kernel(x: Tensor, args: tuple[list[Any], ...]) -> Tensor:
+    return torch.ops.oneblock_cpu.linear(x.contiguous(), *args).view(*x.shape[:-1], -1)
+
+
+def is_bf16(x: Tensor) -> bool:
+    """Whether a kernel may read x by its data pointer."""
+    return x.dtype == torch.bfloat16 and x.is_contiguous()
 
 
 @uses_gemm_kernel
@@ -113,18 +121,14 @@ class SkinnyGemmLinear(nn.Linear):
     max_rows: ClassVar[float] = MAX_ROWS
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.fusion_key() is not None and fits_kernel(self, input):  # type: ignore[arg-type]
-            return linear_kernel(input, self)[0]  # type: ignore[arg-type]
-        return F.linear(input, self.weight, self.bias)
+        y = forward_with_kernel(self, input)
+        return F.linear(input, self.weight, self.bias) if y is None else y
 
-    def fusion_key(self) -> Hashable | None:
-        bias = cast("Tensor | None", self.bias)
-        if self.weight.dtype != torch.bfloat16 or not self.weight.is_contiguous():
+    def kernel_weight(self) -> KernelWeight | None:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if weight is None or not is_bf16(weight) or not (bias is None or is_bf16(bias)):
             return None
-        return None if bias is not None and bias.dtype != torch.bfloat16 else (bias is None,)
-
-    def kernel_weight(self) -> KernelWeight:
-        return KernelWeight(self.weight)
+        return (bias is None, weight, None, None, bias, self.out_features, 0)
 
 
 def slice_linear(layer: nn.Module, dim: int, part: slice) -> nn.Module:

@@ -28,7 +28,7 @@ def as_subclass(module: nn.Module, subclass: type[nn.Module]) -> nn.Module:
 
 
 class Structure:
-    """A snapshot of a model's submodules, specs and number of hooks: all that a compiled graph of it depends on.
+    """A snapshot of a model's submodules, specs, hooks and attention backend: all that a compiled graph depends on.
 
     It holds the submodules that it compares, so whoever keeps it must not outlive the model.
     """
@@ -37,6 +37,7 @@ class Structure:
         modules = list(root.modules())
         self._children = [vars(m)["_modules"] for m in modules if vars(m)["_modules"]]
         self._snapshot = [dict(children) for children in self._children]
+        self._root, self._backend = root, getattr(root, "attention_backend", None)
         self._with_spec = [m for m in modules if "spec" in vars(m)]
         self._specs = self._read_specs()
         hooks = ("_forward_hooks", "_forward_pre_hooks")
@@ -51,5 +52,6 @@ class Structure:
         return (
             all(map(eq, self._children, self._snapshot))
             and sum(map(len, self._hooks)) == self._n_hooks
+            and getattr(self._root, "attention_backend", None) == self._backend
             and all(map(lambda a, b: a is b, self._read_specs(), self._specs))
         )

@@ -91,7 +91,7 @@ class SequenceLayout:
 
     def to_batch(self, x: Tensor) -> Tensor:
         """(N, heads, D) -> (B, heads, length, D), a view."""
-        return x.unflatten(0, (self.batch, self.length)).transpose(1, 2)
+        return x.view(self.batch, self.length, x.shape[1], x.shape[2]).transpose(1, 2)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """(B, heads, length, D) -> (N, heads, D), a view where x is stored token by token."""
@@ -189,7 +189,8 @@ class ForwardContext:
             stored = self.image_kv(layer)
             assert stored is not None, "keys are left out only where the cache has those of the image"
             return stored
-        k, v = (x.unflatten(0, (self.layout.batch, -1)).transpose(1, 2) for x in (k, v))
+        rows, (_, heads, dim) = self.layout.batch, k.shape
+        k, v = k.view(rows, -1, heads, dim).transpose(1, 2), v.view(rows, -1, heads, dim).transpose(1, 2)
         if self.cache is None:
             return k, v
         if not spec.cross:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import ClassVar
 
 import torch
@@ -15,8 +14,8 @@ from oneblock.kernels.linear import (
     COLUMNS,
     ROWS,
     KernelWeight,
-    fits_kernel,
-    linear_kernel,
+    forward_with_kernel,
+    is_bf16,
     slice_bias,
     uses_gemm_kernel,
 )
@@ -70,9 +69,8 @@ class QuantizedLinear(nn.Module):
         return params.dequantize(q.unflatten(1, (-1, self.group))).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fusion_key() is not None and fits_kernel(self, x):
-            return linear_kernel(x, self)[0]
-        return self.forward_dequantized(x)
+        y = forward_with_kernel(self, x)
+        return self.forward_dequantized(x) if y is None else y
 
     def forward_dequantized(self, x: Tensor) -> Tensor:
         """torch's GEMM on weights dequantized in chunks of rows."""
@@ -83,14 +81,12 @@ class QuantizedLinear(nn.Module):
             outputs.append(F.linear(x, self.dequantize(rows).type_as(x), bias))
         return torch.cat(outputs, -1)
 
-    def fusion_key(self) -> Hashable | None:
-        if self.bias is not None and self.bias.dtype != torch.bfloat16:
+    def kernel_weight(self) -> KernelWeight | None:
+        bias = self.bias
+        if bias is not None and not is_bf16(bias):
             return None
-        return self.group, self.bias is None
-
-    def kernel_weight(self) -> KernelWeight:
         size = self.group or next(n for n in ACTIVATION_GROUPS if self.in_features % n == 0)
-        return KernelWeight(self.qweight, self.scale, self.group_params, size)
+        return ((self.group, bias is None), self.qweight, self.scale, self.group_params, bias, self.out_features, size)
 
     def slice(self, dim: int, part: slice) -> QuantizedLinear:
         """Whole tiles of rows, or whole groups of columns."""

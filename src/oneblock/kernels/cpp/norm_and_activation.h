@@ -65,15 +65,15 @@ static void gated_activation(Tensor x, std::optional<Tensor> up, double a, doubl
   parallel_rows(M, N, [&](int64_t m) { activate(xs + m * ldx, us ? us + m * ldu : nullptr, N, a, b); });
 }
 
-// RoPE with split halves: x (B, H, T, D), last dimension contiguous; cos, sin (B or 1, 1, T, R / 2), R <= D.
+// RoPE with split halves: x (B, T, H, D), last dimension contiguous; cos, sin (B or 1, T, 1, R / 2), R <= D.
 static Tensor apply_rope(Tensor x, Tensor cos, Tensor sin) {
-  int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3), half = cos.size(3);
-  int64_t xb = x.stride(0), xh = x.stride(1), xt = x.stride(2), angles = cos.size(0) > 1 ? T * half : 0;
-  Tensor y = torch::stable::new_empty(x, {B, H, T, D});
+  int64_t B = x.size(0), T = x.size(1), H = x.size(2), D = x.size(3), half = cos.size(3);
+  int64_t xb = x.stride(0), xt = x.stride(1), xh = x.stride(2), angles = cos.size(0) > 1 ? T * half : 0;
+  Tensor y = torch::stable::new_empty(x, {B, T, H, D});
   auto *xs = (const bf16*)x.const_data_ptr(), *cs = (const bf16*)cos.const_data_ptr(), *ss = (const bf16*)sin.const_data_ptr();
   auto* ys = (bf16*)y.mutable_data_ptr();
-  parallel_rows(B * H * T, D, [&](int64_t i) {
-    int64_t b = i / (H * T), h = i / T % H, t = i % T, at = b * angles + t * half;
+  parallel_rows(B * T * H, D, [&](int64_t i) {
+    int64_t b = i / (T * H), t = i / H % T, h = i % H, at = b * angles + t * half;
     const bf16* in = xs + b * xb + h * xh + t * xt;
     bf16* out = ys + i * D;
     for (int64_t d = 0; d < half; d += 16) {
