@@ -85,7 +85,7 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
             torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
     dtype, parts = str(product_dtype(Loop(device=str(device)))).removeprefix("torch."), parallelism_of(world.mesh)
     config = memory.TrainingConfig(
-        dtype, case.checkpointing, accumulate=world.uses_ddp, cpu=device.type == "cpu", over=parts
+        dtype, case.checkpointing, accumulate=world.uses_ddp, cpu=device.type == "cpu", parallelism=parts
     )
     return memory.training(case.spec, case.context, case.batch // world.data_ranks, config).total, int(peak)
 
