@@ -220,3 +220,61 @@ def test_positions_that_do_not_count_from_zero_are_remembered():
     assert cache.padded
     shifted = model(ids, positions=torch.arange(7, 13)[None])
     torch.testing.assert_close(torch.cat(parts, 1), shifted, atol=1e-4, rtol=1e-4)
+
+
+class TestImages:
+    """Keys and values of image features are projected once per image, not once per decoded token."""
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    @pytest.mark.parametrize("pass_image", ["always", "first"])
+    def test_one_projection_per_image(self, pass_image: str, quantized: bool) -> None:
+        model, ids, image = self.model_and_inputs()
+        projections = self.count_projections(model)
+        cache = KVCache(model.spec, 2, 24, torch.float32, CPU, quantized)
+        logits = [model(ids[:, :16], image=image, cache=cache)]
+        for i in range(16, 24):
+            logits.append(model(ids[:, i : i + 1], image=image if pass_image == "always" else None, cache=cache))
+        n_cross = sum(layer.attn.cross for layer in model.spec.layers)
+        assert projections == {"wk": n_cross, "wv": n_cross}
+        full = model(ids, image=image)
+        if quantized:
+            assert (torch.cat(logits, 1) - full).norm() / full.norm() < 0.1
+        else:
+            torch.testing.assert_close(torch.cat(logits, 1), full, atol=1e-4, rtol=1e-4)
+
+    def test_another_image_replaces_the_first(self) -> None:
+        model, ids, image = self.model_and_inputs()
+        other = image.flip(2)
+        cache = KVCache(model.spec, 2, 24, torch.float32, CPU)
+        model(ids[:, :16], image=image, cache=cache)
+        cache.rewind(0)
+        actual = model(ids[:, :16], image=other, cache=cache)
+        torch.testing.assert_close(actual, model(ids[:, :16], image=other), atol=1e-4, rtol=1e-4)
+        cache.rewind(0)
+        torch.testing.assert_close(model(ids, cache=cache), model(ids), atol=1e-4, rtol=1e-4)
+
+    def test_selected_rows_keep_their_images(self) -> None:
+        model, ids, image = self.model_and_inputs()
+        cache = KVCache(model.spec, 2, 24, torch.float32, CPU)
+        model(ids[:, :16], image=image, cache=cache)
+        cache.keep([1])
+        actual = model(ids[1:, 16:], cache=cache)
+        torch.testing.assert_close(actual, model(ids, image=image)[1:, 16:], atol=1e-4, rtol=1e-4)
+
+    def model_and_inputs(self) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+        [name] = [name for name, spec in SPECS.items() if any(layer.attn.cross for layer in spec.layers)]
+        model = random_model(SPECS[name])
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(0, model.spec.vocab, (2, 24), generator=generator)
+        return model, ids, torch.randn(2, 5, model.spec.dim, generator=generator)
+
+    def count_projections(self, model: Decoder) -> dict[str, int]:
+        counts = {"wk": 0, "wv": 0}
+
+        def count(name: str) -> None:
+            counts[name] += 1
+
+        for layer, block in zip(model.spec.layers, model.blocks, strict=True):
+            for name in counts if layer.attn.cross else ():
+                getattr(block.attn, name).register_forward_hook(lambda *_, name=name: count(name))
+        return counts
