@@ -11,10 +11,12 @@ from oneblock.errors import OneblockError
 from oneblock.infer.generate import (
     Request,
     Sequences,
+    TokenOutput,
     check_request,
     context_limit,
     generate_tokens,
     remaining_tokens,
+    start_reply,
 )
 from oneblock.infer.options import SamplingParams
 from oneblock.model import Decoder
@@ -37,9 +39,14 @@ def random_prompts(vocab: int, lengths: tuple[int, ...], seed: int = 1) -> list[
     return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
+def generate_outputs(sequences: Sequences, request: Request) -> list[TokenOutput]:
+    replies = [start_reply(sequences.model.spec, row, request) for row in sequences.rows]
+    return list(generate_tokens(sequences, request, replies))
+
+
 def generate_ids(model: Decoder, prompts: list[list[int]], request: Request) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
-    for output in generate_tokens(Sequences(model, prompts, 64), request, [None] * len(prompts)):
+    for output in generate_outputs(Sequences(model, prompts, 64), request):
         rows[output.row].append(output.id)
     return rows
 
@@ -125,7 +132,7 @@ def test_logprobs_equal_those_of_a_full_forward_pass():
     model = random_model(FAMILIES["llama"]())
     [prompt] = random_prompts(model.spec.vocab, (6,))
     request = Request(SamplingParams(0.7, top_k=5), max_tokens=5, seeds=(3,), top_logprobs=3)
-    outputs = list(generate_tokens(Sequences(model, [prompt], 16), request, [None]))
+    outputs = generate_outputs(Sequences(model, [prompt], 16), request)
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + [e.id for e in outputs]]))[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)
@@ -161,12 +168,12 @@ def test_replaced_prompts_reuse_the_common_prefix(name):
     model = random_model(longrope() if name == "longrope" else FAMILIES[name]())
     first, second, third = random_prompts(model.spec.vocab, (12, 90, 6))
     sequences, request = Sequences(model, [first], 16), Request(GREEDY, max_tokens=5)
-    reply = [e.id for e in generate_tokens(sequences, request, [None])]
+    reply = [e.id for e in generate_outputs(sequences, request)]
     longer = first + reply + second
     for prompt in (longer, first + reply[:2] + third, first, first, third):
         sequences.replace_prompt(prompt)
         assert sequences.cache.length < len(prompt)
-        generated = [e.id for e in generate_tokens(sequences, request, [None])]
+        generated = [e.id for e in generate_outputs(sequences, request)]
         assert generated == generate_without_cache(model, prompt, 5)
 
 
@@ -174,7 +181,7 @@ def test_the_common_prefix_is_not_fed_again():
     model = random_model(FAMILIES["llama"]())
     first, more = random_prompts(model.spec.vocab, (12, 8))
     sequences = Sequences(model, [first], 64)
-    reply = [e.id for e in generate_tokens(sequences, Request(GREEDY, max_tokens=5), [None])]
+    reply = [e.id for e in generate_outputs(sequences, Request(GREEDY, max_tokens=5))]
     sequences.replace_prompt(first + reply + more)
     assert sequences.cache.length == 12 + 4, "all but the last token of the reply"
 

@@ -18,7 +18,7 @@ from oneblock.infer.llm import LLM
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import sample_tokens
 from oneblock.infer.stop import Ending
-from oneblock.infer.structured_output import CompiledGrammar, GrammarMatchers, GrammarVocabulary, StructuredOutput
+from oneblock.infer.structured_output import CompiledGrammar, GrammarMatcher, GrammarVocabulary, StructuredOutput
 from oneblock.model import Decoder, init_weights
 from oneblock.text import Tokenizer
 from oneblock.text.stream import TokenBytes
@@ -167,10 +167,8 @@ def test_replies_match_a_grammar(llm: LLM) -> None:
 
 
 def test_without_the_mask_replies_do_not_match(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        GrammarMatchers, "allowed_tokens", lambda self: torch.ones(len(self.rows), 257, dtype=torch.bool)
-    )
-    monkeypatch.setattr(GrammarMatchers, "accept_tokens", lambda self, ids: [Ending.NONE] * len(ids))
+    monkeypatch.setattr(GrammarMatcher, "allowed_tokens", lambda self: torch.ones(257, dtype=torch.bool))
+    monkeypatch.setattr(GrammarMatcher, "accept_token", lambda self, id: Ending.NONE)
     found = llm.generate(["x"] * 8, choices=CHOICES, seed=0, max_tokens=20)
     assert not any(reply.text in CHOICES for reply in found)
 
@@ -282,11 +280,10 @@ def test_bytes_of_every_kind_of_tokenizer(data: Path, name: str, text: str) -> N
         StructuredOutput(choices=[shown, shown + "."]), tokenizer, tokenizer.vocab_size
     ).start_matcher()
     for id in ids:
-        assert matcher.allowed_tokens()[id] and not matcher.must_end
+        assert matcher.allowed_tokens()[id]
         assert not matcher.allowed_tokens()[list(tokenizer.special.values())].any()
-        matcher.accept_token(id)
-    assert matcher.can_end
-    assert matcher.mask_logits(torch.zeros(tokenizer.vocab_size)).isfinite().any()
+        assert matcher.accept_token(id) == Ending.NONE
+    assert matcher.allowed_tokens().all()  # a choice is complete, so any token may end the reply
     assert GrammarVocabulary.get(tokenizer, tokenizer.vocab_size) is GrammarVocabulary.get(
         tokenizer, tokenizer.vocab_size
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +23,10 @@ from oneblock.config import check_range, nearest
 from oneblock.errors import OneblockError
 from oneblock.files import read_text, report_write_errors
 from oneblock.infer.cache import item_bytes
-from oneblock.infer.generate import NAN_LOGITS, Request, Sequences, check_request, remaining_tokens
+from oneblock.infer.generate import Request, Sequences, allowed_tokens, check_logits, check_request, remaining_tokens
 from oneblock.infer.llm import LLM
 from oneblock.infer.options import BATCH_SIZE, OPTIONS, StructuredOutputOptions
 from oneblock.infer.sample import Sampler
-from oneblock.infer.stop import Ending, Reply
 from oneblock.plan.cache import kv_bytes
 
 KEYS = {"prompt", "messages", "id"} | OPTIONS - {"top_logprobs"}  # of an input line
@@ -72,14 +70,9 @@ class Row:
     """One sequence of the batch, with its own sampler and limits: its reply does not depend on the batch."""
 
     def __init__(self, llm: LLM, job: Job):
-        request, model = job.request, llm.model
         self.job, self.text, self.error, self._tokenizer = job, "", job.error, llm.tokenizer
-        limit = remaining_tokens(model.spec, job.prompt, request.max_tokens)
-        self.reply = Reply(llm.start_detokenizer(job.prompt), limit, request.stop_ids, request.stop)
-        seeds = request.seeds or (secrets.randbits(63),)
-        self._sampler = Sampler(request.sampling, seeds, [job.prompt], model.spec.vocab, model.device)
-        grammar = request.grammar
-        self._matchers = grammar.start_matchers([job.prompt], request.stop_ids) if grammar is not None else None
+        self.reply, request = llm.start_reply(job.prompt, job.request), job.request
+        self._sampler = Sampler(request.sampling, request.seeds, [job.prompt], llm.spec.vocab, llm.model.device)
 
     @property
     def ids(self) -> list[int]:
@@ -92,15 +85,11 @@ class Row:
     def sample_token(self, logits: Tensor) -> int:
         """The next token from logits (1, V). Where there is none, `error` is set and the id has no meaning."""
         try:
-            if logits.amax().isnan():
-                raise OneblockError(NAN_LOGITS)
-            allowed = self._matchers.allowed_tokens() if self._matchers is not None else None
-            id = int(self._sampler.next(logits, allowed))
-            ending = Ending.NONE if self._matchers is None else self._matchers.accept_tokens([id])[0]
+            id = int(self._sampler.next(check_logits(logits), allowed_tokens([self.reply])))
+            self.text += self.reply.push(id)
         except OneblockError as error:
             self.error = str(error)
             return 0
-        self.text += self.reply.push(id, ending)
         return id
 
     def build_result(self) -> Result:

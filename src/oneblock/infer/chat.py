@@ -39,7 +39,7 @@ class Conversation:
         pieces: list[str] = []
         ids = list(prompt)
         try:
-            for output in self.llm.generate_tokens(sequences, self.request, [self.llm.start_detokenizer(prompt)]):
+            for output in self.llm.generate_tokens(sequences, self.request):
                 pieces.append(output.text)
                 if output.id not in self.request.stop_ids:
                     ids.append(output.id)

@@ -8,7 +8,6 @@ Shapes: B sequences, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from oneblock.errors import OneblockError
 from oneblock.infer.cache import KVCache
 from oneblock.infer.options import MAX_TOKENS, SamplingParams
 from oneblock.infer.sample import Sampler, compute_logprobs, compute_top_logprobs
-from oneblock.infer.stop import Ending, FinishReason, Reply
+from oneblock.infer.stop import FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar
 from oneblock.model import Decoder
 from oneblock.text.stream import Detokenizer
@@ -189,41 +188,44 @@ def context_limit(spec: s.Spec) -> int | None:
 # ------------------------------------------------------------------ the loop
 
 
+def start_reply(spec: s.Spec, prompt: Sequence[int], request: Request, detokenizer: Detokenizer | None = None) -> Reply:
+    """The reply to a prompt before its first token; without a detokenizer it has no text."""
+    limit = remaining_tokens(spec, prompt, request.max_tokens)
+    matcher = request.grammar.start_matcher(prompt, request.stop_ids) if request.grammar is not None else None
+    return Reply(detokenizer, limit, request.stop_ids, request.stop, matcher)
+
+
+def allowed_tokens(replies: Sequence[Reply]) -> Tensor | None:
+    """The mask of structured output, bool (B, V); None without structured output."""
+    masks = [reply.matcher.allowed_tokens() for reply in replies if reply.matcher is not None]
+    return torch.stack(masks) if masks else None
+
+
 @torch.inference_mode()
-def generate_tokens(
-    sequences: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]
-) -> Iterator[TokenOutput]:
-    """Decode a batch until every sequence has finished; a finished sequence leaves the batch."""
-    spec, device = sequences.model.spec, sequences.model.device
-    limits = [remaining_tokens(spec, row, request.max_tokens) for row in sequences.rows]
-    replies = [Reply(d, n, request.stop_ids, request.stop) for d, n in zip(detokenizers, limits, strict=True)]
-    seeds = request.seeds or tuple(secrets.randbits(63) for _ in replies)
-    sampler = Sampler(request.sampling, seeds, sequences.rows, spec.vocab, device)
-    matchers = request.grammar.start_matchers(sequences.rows, request.stop_ids) if request.grammar is not None else None
-    rows = list(range(len(replies)))  # the request's index of each row of the batch
+def generate_tokens(sequences: Sequences, request: Request, replies: Sequence[Reply]) -> Iterator[TokenOutput]:
+    """Decode a batch until every reply has finished; a finished sequence leaves the batch."""
+    model = sequences.model
+    sampler = Sampler(request.sampling, request.seeds, sequences.rows, model.spec.vocab, model.device)
+    rows = list(range(len(replies)))  # the index of each row's reply
     while rows:
         logits = check_logits(sequences.step())
-        ids = sampler.next(logits, matchers.allowed_tokens() if matchers is not None else None)
+        ids = sampler.next(logits, allowed_tokens([replies[row] for row in rows]))
         outputs = build_token_outputs(logits, ids, request.top_logprobs)
         sequences.append_tokens([output.id for output in outputs])
-        endings = [Ending.NONE] * len(rows) if matchers is None else matchers.accept_tokens([o.id for o in outputs])
-        for row, output, ending in zip(rows, outputs, endings, strict=True):
-            text = replies[row].push(output.id, ending)
+        for row, output in zip(rows, outputs, strict=True):
+            text = replies[row].push(output.id)
             yield replace(output, row=row, text=text, finish_reason=replies[row].finish_reason)
         active = [i for i, row in enumerate(rows) if replies[row].finish_reason is None]
         if 0 < len(active) < len(rows):
-            for state in (sequences, sampler) if matchers is None else (sequences, sampler, matchers):
-                state.select_sequences(active)
+            sequences.select_sequences(active)
+            sampler.select_sequences(active)
         rows = [rows[i] for i in active]
-
-
-NAN_LOGITS = "the model's logits are NaN: load it with dtype bfloat16 or float32"
 
 
 def check_logits(logits: Tensor) -> Tensor:
     """The same logits; OneblockError where they are NaN, as after an fp16 overflow."""
     if logits.amax().isnan():
-        raise OneblockError(NAN_LOGITS)
+        raise OneblockError("the model's logits are NaN: load it with dtype bfloat16 or float32")
     return logits
 
 

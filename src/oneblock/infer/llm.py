@@ -22,6 +22,7 @@ from oneblock.infer.generate import (
     check_request,
     generate_tokens,
     remaining_tokens,
+    start_reply,
 )
 from oneblock.infer.options import (
     DEFAULT_MAX_TOKENS,
@@ -34,8 +35,8 @@ from oneblock.infer.options import (
 )
 from oneblock.infer.prepare import prepare_for_inference
 from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
-from oneblock.infer.speculate import SpeculativeStats, build_drafter, check_vocabularies, generate_speculatively
-from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason
+from oneblock.infer.speculate import SpeculativeDecoder, SpeculativeStats, build_drafter, check_vocabularies
+from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput
 from oneblock.kernels.build import has_compiler
 from oneblock.kernels.huge_pages import BREAK_EVEN_TOKENS, PROMPT_TOKENS, move_to_huge_pages
@@ -48,7 +49,6 @@ from oneblock.store.name_tables import Layout
 from oneblock.store.quantized import load_quantized, stored_quant_config, write_quantized
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
-from oneblock.text.stream import Detokenizer
 
 if TYPE_CHECKING:
     from oneblock.kernels.compiled_step import CompiledStep
@@ -177,14 +177,13 @@ class LLM:
             raise OneblockError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
         return self.tokenizer.chat(list(messages))
 
-    def start_detokenizer(self, prompt: Sequence[int]) -> Detokenizer | None:
-        """Incremental detokenization after the prompt: keeps spaces between words and completes characters."""
-        if self.tokenizer is None:
-            return None
-        stream = self.tokenizer.stream()
-        for id in prompt[-DETOKENIZER_CONTEXT:]:
-            stream.push(id)
-        return stream
+    def start_reply(self, prompt: Sequence[int], request: Request) -> Reply:
+        """A reply whose detokenizer has read the prompt's end: it keeps spaces between words, completes characters."""
+        detokenizer = None if self.tokenizer is None else self.tokenizer.stream()
+        if detokenizer is not None:
+            for id in prompt[-DETOKENIZER_CONTEXT:]:
+                detokenizer.push(id)
+        return start_reply(self.spec, prompt, request, detokenizer)
 
     # ------------------------------------------------------------------ options
 
@@ -285,8 +284,7 @@ class LLM:
         )
 
     def _generate(self, prompts: Sequence[list[int]], request: Request) -> Iterator[TokenOutput]:
-        detokenizers = [self.start_detokenizer(prompt) for prompt in prompts]
-        return self.generate_tokens(self.allocate_sequences(prompts, request), request, detokenizers)
+        return self.generate_tokens(self.allocate_sequences(prompts, request), request)
 
     def allocate_sequences(self, prompts: Sequence[list[int]], request: Request) -> Sequences:
         """A checked batch with an empty KV cache for prompts and replies."""
@@ -296,17 +294,16 @@ class LLM:
         compiled = self.prepare_decoding(new, sum(map(len, prompts)))
         return Sequences(self.model, prompts, longest + new, compiled, self.kv_cache_dtype == "int8")
 
-    def generate_tokens(
-        self, sequences: Sequences, request: Request, detokenizers: Sequence[Detokenizer | None]
-    ) -> Iterator[TokenOutput]:
+    def generate_tokens(self, sequences: Sequences, request: Request) -> Iterator[TokenOutput]:
         """Decode a batch; a batch of one with speculative decoding and the prompt cache where these are on."""
-        if len(sequences.rows) > 1 or not self.num_speculative_tokens:
-            outputs = generate_tokens(sequences, request, detokenizers)
+        replies = [self.start_reply(row, request) for row in sequences.rows]
+        if len(replies) > 1 or not self.num_speculative_tokens:
+            outputs = generate_tokens(sequences, request, replies)
         else:
             drafter = build_drafter(None if self.draft_model is None else self.draft_model.model, request)
-            n, stats = self.num_speculative_tokens, self.speculative_stats
-            outputs = generate_speculatively(sequences, request, detokenizers[0], drafter, n, stats)
-        if len(sequences.rows) > 1 or self.prompt_cache is None:
+            decoder = SpeculativeDecoder(sequences, request, replies[0], drafter, self.speculative_stats)
+            outputs = decoder.generate_tokens(self.num_speculative_tokens)
+        if len(replies) > 1 or self.prompt_cache is None:
             return outputs
         return self._with_prompt_cache(Path(self.prompt_cache), sequences, outputs)
 

@@ -6,6 +6,7 @@ penalties and bias, temperature, top-k, top-p, min-p; each filter sees the outpu
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -132,7 +133,7 @@ def draw_tokens(weights: Tensor, uniform: Tensor) -> Tensor:
 class Sampler:
     """Sampling with per-sequence state: a random generator each, and token counts.
 
-    Every sequence has its own seed, so its samples do not depend on the batch it is in.
+    Every sequence has its own seed (random where none are given), so its samples do not depend on the batch it is in.
     """
 
     def __init__(
@@ -144,7 +145,8 @@ class Sampler:
         device: torch.device | str = "cpu",
     ):
         self.sampling = sampling
-        self._generators = [] if sampling.is_greedy else [torch.Generator().manual_seed(seed) for seed in seeds]
+        seeds = () if sampling.is_greedy else seeds or [secrets.randbits(63) for _ in prompts]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._counts = TokenCounts(prompts, vocab, device) if sampling.needs_counts else None
 
     def next(self, logits: Tensor, allowed: Tensor | None = None) -> Tensor:

@@ -22,16 +22,15 @@ from oneblock.infer.generate import (
     Request,
     Sequences,
     TokenOutput,
+    allowed_tokens,
     build_token_outputs,
     check_logits,
     context_limit,
-    remaining_tokens,
 )
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import TokenCounts, compute_probabilities, draw_tokens, process_logits
-from oneblock.infer.stop import Ending, Reply
+from oneblock.infer.stop import Reply
 from oneblock.model import Decoder
-from oneblock.text.stream import Detokenizer
 
 MAX_NGRAM, MIN_NGRAM = 4, 2
 
@@ -153,36 +152,40 @@ def rejection_sample(p: Tensor, id: int, q: Tensor | None, generator: torch.Gene
 
 
 class SpeculativeDecoder:
-    """One sequence, its drafter and its sampling state."""
+    """One sequence, its reply, its drafter and its sampling state."""
 
-    def __init__(self, sequences: Sequences, request: Request, drafter: Drafter, n: int, stats: SpeculativeStats):
-        self.sequences, self.request, self.drafter, self.stats = sequences, request, drafter, stats
-        self.num_speculative_tokens = n
-        spec, rows = sequences.model.spec, sequences.rows
-        self.counts = TokenCounts(rows, spec.vocab, sequences.model.device) if request.sampling.needs_counts else None
+    def __init__(self, sequences: Sequences, request: Request, reply: Reply, drafter: Drafter, stats: SpeculativeStats):
+        self.sequences, self.request, self.reply, self.drafter = sequences, request, reply, drafter
+        self.stats, model = stats, sequences.model
+        needs_counts = request.sampling.needs_counts
+        self.counts = TokenCounts(sequences.rows, model.spec.vocab, model.device) if needs_counts else None
         self.generator = torch.Generator().manual_seed(request.seeds[0] if request.seeds else secrets.randbits(63))
-        self.matchers = request.grammar.start_matchers(rows, request.stop_ids) if request.grammar is not None else None
 
-    def step(self, remaining: int) -> list[tuple[TokenOutput, Ending]]:
-        """One forward pass: the accepted draft tokens and one token of the model's own, `remaining` at most.
+    @torch.inference_mode()
+    def generate_tokens(self, num_speculative_tokens: int) -> Iterator[TokenOutput]:
+        """`generate.generate_tokens` with draft tokens, for one sequence."""
+        while self.reply.finish_reason is None:
+            yield from self.step(min(num_speculative_tokens, self.reply.remaining_tokens - 1))
 
-        Each with how the grammar ends there. Afterwards the cache holds no rejected token.
+    def step(self, n: int) -> list[TokenOutput]:
+        """One forward pass: those of n draft tokens that are accepted, and one token of the model's own.
+
+        Afterwards the cache holds no rejected token.
         """
         sequences, [row] = self.sequences, self.sequences.rows
-        n = min(self.num_speculative_tokens, remaining - 1)
         can_reject = n > 0 and sequences.cache.can_rewind(len(row) + n)
         draft = self.drafter.propose(row, n) if can_reject else DraftTokens([])
         logits = check_logits(sequences.score_draft_tokens(draft.ids))
-        outputs: list[tuple[TokenOutput, Ending]] = []
+        outputs: list[TokenOutput] = []
         for i in range(len(draft.ids) + 1):
             id, accepted = self.sample_position(logits[i], draft, i)
             ids = torch.tensor([id], device=logits.device)
             [output] = build_token_outputs(logits[i : i + 1], ids, self.request.top_logprobs)
             sequences.append_tokens([id])
-            ending = Ending.NONE if self.matchers is None else self.matchers.accept_tokens([id])[0]
-            outputs.append((output, ending))
+            text = self.reply.push(id)
+            outputs.append(replace(output, text=text, finish_reason=self.reply.finish_reason))
             self.stats.accepted += accepted
-            if not accepted or ending or id in self.request.stop_ids:
+            if not accepted or self.reply.finish_reason is not None:
                 break
         self.stats.drafted += len(draft.ids)
         sequences.cache.rewind(len(row) - 1)  # the last token was sampled here and is not fed yet
@@ -190,8 +193,7 @@ class SpeculativeDecoder:
 
     def sample_position(self, logits: Tensor, draft: DraftTokens, i: int) -> tuple[int, bool]:
         """The token after i draft tokens, and whether it is the next draft token."""
-        allowed = None if self.matchers is None else self.matchers.allowed_tokens()
-        p = compute_target_distribution(logits, self.request.sampling, self.counts, allowed)
+        p = compute_target_distribution(logits, self.request.sampling, self.counts, allowed_tokens([self.reply]))
         if i == len(draft.ids):
             id, accepted = draw_token(p, self.generator), False
         else:
@@ -200,24 +202,3 @@ class SpeculativeDecoder:
         if self.counts is not None:
             self.counts.add(torch.tensor([id], device=logits.device))
         return id, accepted
-
-
-@torch.inference_mode()
-def generate_speculatively(
-    sequences: Sequences,
-    request: Request,
-    detokenizer: Detokenizer | None,
-    drafter: Drafter,
-    num_speculative_tokens: int,
-    stats: SpeculativeStats,
-) -> Iterator[TokenOutput]:
-    """`generate.generate_tokens` with draft tokens, for one sequence."""
-    limit = remaining_tokens(sequences.model.spec, sequences.rows[0], request.max_tokens)
-    reply = Reply(detokenizer, limit, request.stop_ids, request.stop)
-    decoder = SpeculativeDecoder(sequences, request, drafter, num_speculative_tokens, stats)
-    while reply.finish_reason is None:
-        for output, ending in decoder.step(reply.remaining_tokens):
-            text = reply.push(output.id, ending)
-            yield replace(output, row=0, text=text, finish_reason=reply.finish_reason)
-            if reply.finish_reason is not None:
-                return

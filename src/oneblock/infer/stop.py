@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from oneblock.text.stream import Detokenizer
+
+if TYPE_CHECKING:
+    from oneblock.infer.structured_output import GrammarMatcher
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,10 +61,18 @@ class Ending(IntEnum):
 
 
 class Reply:
-    """The generated tokens of one sequence, their text and the finish reason."""
+    """The generated tokens of one sequence, their text, the position in a grammar, and the finish reason."""
 
-    def __init__(self, detokenizer: Detokenizer | None, limit: int, stop_ids: frozenset[int], stops: Sequence[str]):
+    def __init__(
+        self,
+        detokenizer: Detokenizer | None,
+        limit: int,
+        stop_ids: frozenset[int],
+        stops: Sequence[str],
+        matcher: GrammarMatcher | None = None,
+    ):
         self.ids: list[int] = []
+        self.matcher = matcher
         self.finish_reason: FinishReason | None = None
         self._detokenizer, self._limit, self._stop_ids = detokenizer, limit, stop_ids
         self._text = StopStrings(stops)
@@ -70,8 +81,9 @@ class Reply:
     def remaining_tokens(self) -> int:
         return self._limit - len(self.ids)
 
-    def push(self, id: int, ending: Ending = Ending.NONE) -> str:
+    def push(self, id: int) -> str:
         """Append a token; return the text that became final. A token that ends the reply before it has no text."""
+        ending = Ending.NONE if self.matcher is None else self.matcher.accept_token(id)
         self.ids.append(id)
         text = ""
         if id in self._stop_ids or ending == Ending.BEFORE_TOKEN:

@@ -4,7 +4,7 @@ llguidance turns each into a grammar over bytes and computes, for every step, a 
 end-of-text tokens are not part of the grammar: they are allowed wherever the grammar may end. The model picks the
 tokenization even when only one string is valid (`no_forcing`).
 
-B: sequences of a batch, V: vocabulary.
+V: vocabulary.
 """
 
 from __future__ import annotations
@@ -224,96 +224,56 @@ class CompiledGrammar:
         matcher.reset()
         return matcher
 
-    def start_matcher(self, prompt: Sequence[int] | None = None) -> GrammarMatcher:
+    def start_matcher(
+        self, prompt: Sequence[int] | None = None, stop_ids: frozenset[int] = frozenset()
+    ) -> GrammarMatcher:
         """A matcher at the start of a reply. After a prompt without visible text the first space is stripped."""
-        strips = prompt is not None and self.vocabulary.stripped and not self._has_text(prompt)
-        return GrammarMatcher(self, self._initial.deep_copy(), self.vocabulary.stripped if strips else ())
-
-    def _has_text(self, prompt: Sequence[int]) -> bool:
-        return self.tokenizer.decode(prompt[-DETOKENIZER_CONTEXT:]) != ""
-
-    def start_matchers(self, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int]) -> GrammarMatchers:
-        """One matcher for the reply to each prompt."""
-        ids = sorted(id for id in stop_ids if id < self.vocabulary.size)
-        return GrammarMatchers([self.start_matcher(prompt) for prompt in prompts], ids)
+        size, stripped = self.vocabulary.size, self.vocabulary.stripped
+        if prompt is None or self.tokenizer.decode(prompt[-DETOKENIZER_CONTEXT:]):
+            stripped = ()
+        ids = sorted(id for id in stop_ids if id < size)
+        return GrammarMatcher(self, self._initial.deep_copy(), stripped, ids)
 
 
 class GrammarMatcher:
-    """The position of one reply in the grammar."""
-
-    def __init__(self, grammar: CompiledGrammar, state: llguidance.LLMatcher, not_first: Sequence[int]):
-        """`not_first`: ids that cannot be the first token."""
-        self.grammar, self._state, self._not_first = grammar, state, list(not_first)
-        self._check()
-
-    def allowed_tokens(self) -> Tensor:
-        """The ids that may come next, bool (V,), without the end-of-text ids."""
-        bits = torch.frombuffer(bytearray(self._state.compute_bitmask()), dtype=torch.uint8)
-        self._check()
-        allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
-        allowed = allowed[: self.grammar.vocabulary.size]
-        allowed[self._not_first] = False
-        return allowed
-
-    def mask_logits(self, logits: Tensor) -> Tensor:
-        """Logits (V,) with -inf for ids that the grammar does not allow."""
-        return logits.masked_fill(~self.allowed_tokens().to(logits.device), -torch.inf)
-
-    def accept_token(self, id: int) -> None:
-        """Advance by an allowed token."""
-        self._not_first = []
-        self._state.consume_token(id)
-        self._check()
-
-    def continues_with(self, id: int) -> bool:
-        """Whether the grammar allows the token next."""
-        return bool(self._state.validate_tokens([id]))
-
-    @property
-    def can_end(self) -> bool:
-        return self._state.is_accepting()
-
-    @property
-    def must_end(self) -> bool:
-        """Whether no token can follow."""
-        return self._state.is_stopped()
-
-    def _check(self) -> None:
-        if self._state.is_error():
-            raise self.grammar.output.error(self._state.get_error())
-
-
-class GrammarMatchers:
-    """The matchers of a batch.
+    """The position of one reply in the grammar.
 
     Without an end-of-text token, a choice that is a prefix of another ends where the model would not continue it: the
     next token is sampled from the whole vocabulary, and one that continues no choice ends the reply.
     """
 
-    def __init__(self, rows: list[GrammarMatcher], stop_ids: list[int]):
-        self.rows, self.stop_ids = rows, stop_ids
+    def __init__(
+        self, grammar: CompiledGrammar, state: llguidance.LLMatcher, not_first: Sequence[int], stop_ids: Sequence[int]
+    ):
+        """`not_first`: ids that cannot be the first token. `stop_ids`: the end-of-text ids."""
+        self.grammar, self._state, self._not_first, self._stop_ids = grammar, state, list(not_first), list(stop_ids)
+        self._check()
 
     def allowed_tokens(self) -> Tensor:
-        """The ids that may come next in each sequence, bool (B, V), with the end-of-text ids where it may end."""
-        allowed = torch.stack([row.allowed_tokens() for row in self.rows])
-        allowed[[self._ends_by_any_token(row) for row in self.rows]] = True
-        if self.stop_ids:
-            allowed[:, self.stop_ids] = torch.tensor([row.can_end for row in self.rows])[:, None]
+        """The ids that may come next, bool (V,), with the end-of-text ids where the reply may end."""
+        bits = torch.frombuffer(bytearray(self._state.compute_bitmask()), dtype=torch.uint8)
+        self._check()
+        allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
+        allowed = allowed[: self.grammar.vocabulary.size]
+        allowed[self._not_first] = False
+        if self._ends_by_any_token:
+            allowed[:] = True
+        allowed[self._stop_ids] = self._state.is_accepting()
         return allowed
 
-    def accept_tokens(self, ids: Sequence[int]) -> list[Ending]:
-        """Advance each sequence by its token; how the token ends it."""
-        return [self._accept(row, id) for row, id in zip(self.rows, ids, strict=True)]
-
-    def _accept(self, row: GrammarMatcher, id: int) -> Ending:
-        if id in self.stop_ids or (self._ends_by_any_token(row) and not row.continues_with(id)):
+    def accept_token(self, id: int) -> Ending:
+        """Advance by an allowed token; how it ends the reply."""
+        if id in self._stop_ids or (self._ends_by_any_token and not self._state.validate_tokens([id])):
             return Ending.BEFORE_TOKEN
-        row.accept_token(id)
-        return Ending.AFTER_TOKEN if row.must_end else Ending.NONE
+        self._not_first = []
+        self._state.consume_token(id)
+        self._check()
+        return Ending.AFTER_TOKEN if self._state.is_stopped() else Ending.NONE
 
-    def _ends_by_any_token(self, row: GrammarMatcher) -> bool:
-        return not self.stop_ids and row.grammar.output.choices is not None and row.can_end
+    @property
+    def _ends_by_any_token(self) -> bool:
+        return not self._stop_ids and self.grammar.output.choices is not None and self._state.is_accepting()
 
-    def select_sequences(self, rows: Sequence[int]) -> None:
-        """Continue with these sequences only."""
-        self.rows = [self.rows[i] for i in rows]
+    def _check(self) -> None:
+        if self._state.is_error():
+            raise self.grammar.output.error(self._state.get_error())
