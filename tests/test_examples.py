@@ -36,7 +36,7 @@ def test_the_slurm_script() -> None:
     done = subprocess.run(["bash", "-n", str(FOLDER / "slurm.sh")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     text = (FOLDER / "slurm.sh").read_text()
-    begin, resume = re.search(r"what=\((--data.*?)\)", text, re.S), re.search(r"what=\((--resume.*?)\)", text)
+    begin, resume = re.search(r"args=\((--data.*?)\)", text, re.S), re.search(r"args=\((--resume.*?)\)", text)
     assert begin and resume
     for found in (begin, resume):
         options = parse(Train, shlex.split(found[1].replace("$", "")), "oneblock train")
@@ -50,10 +50,10 @@ def test_the_kubernetes_file() -> None:
     assert pod["subdomain"] == service["metadata"]["name"]
     script = pod["containers"][0]["args"][0]
     assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0
-    words = " ".join(re.findall(r'what="(?:\$what )?(.*)"', script))
+    words = " ".join(re.findall(r'args="(?:\$args )?(.*)"', script))
     flags = re.findall(r"--[a-z-]+", words)
     known = {
         f"--{name}"
-        for name in ("resume", "data", "model", "context", "batch", "steps", "save-every", "device", "out", "mesh")
+        for name in ("resume", "data", "model", "context", "batch-size", "steps", "save-every", "device", "out", "mesh")
     }
     assert set(flags) == known
