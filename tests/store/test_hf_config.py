@@ -291,7 +291,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ limits
 
 TOO_LARGE: list[tuple[dict[str, Any], str]] = [
-    ({**LLAMA, "num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, not an integer from 1 to 2,048"),
+    ({**LLAMA, "num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, not an integer from 1 to 1,024"),
     ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000, not an integer from 1"),
     ({**LLAMA, "vocab_size": 10**12}, "vocab_size is 1,000,000,000,000"),
     ({**LLAMA, "hidden_size": 1 << 40}, "hidden_size is 1,099,511,627,776"),
@@ -304,7 +304,7 @@ TOO_LARGE: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt2", "n_layer": 10**12}, "n_layer is 1,000,000,000,000"),
     ({"model_type": "gpt_neo", "num_layers": 10**12}, "num_layers is 1,000,000,000,000"),
     ({**LLAMA, "model_type": "mixtral", "num_local_experts": 10**9}, "num_local_experts is 1,000,000,000"),
-    ({**LLAMA, "model_type": "mixtral", "num_local_experts": 9000}, "experts is 288,000, above the limit of 131,072"),
+    ({**LLAMA, "model_type": "mixtral", "num_local_experts": 9000}, "experts is 288,000, above the limit of 65,536"),
     ({**LLAMA, "rope_scaling": {**YARN, "factor": 10**400}}, "factor of RoPE is"),
 ]
 

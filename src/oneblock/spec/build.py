@@ -26,10 +26,10 @@ INTERLEAVED_500K = Rope(500_000.0, interleaved=True)
 # ------------------------------------------------------------------ limits
 
 # Above any published model, and low enough that a 700-byte config.json cannot exhaust time or memory.
-LIMITS = {"vocab": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 11, "n_heads": 1 << 14, "n_kv_heads": 1 << 14}
+LIMITS = {"vocab": 1 << 24, "dim": 1 << 20, "n_layers": 1 << 10, "n_heads": 1 << 14, "n_kv_heads": 1 << 14}
 LIMITS |= {"head_dim": 1 << 16, "hidden_dim": 1 << 24, "expert_hidden_dim": 1 << 24, "shared_hidden_dim": 1 << 24}
 LIMITS |= {"dense_hidden_dim": 1 << 24, "n_experts": 1 << 14, "top_k": 1 << 14, "context": 1 << 32}
-MAX_EXPERTS = 1 << 17  # over all layers
+MAX_EXPERTS = 1 << 16  # over all layers
 
 
 def check_limit(size: str, value: Any, name: str | None = None) -> None:

@@ -37,9 +37,11 @@ def resolve(path_or_name: str | Path) -> Path:
             f"the hub"
         )
     path, name = _find(path_or_name)
-    if path is None and name is None:
+    if path is not None:
+        return path
+    if name is None:
         raise OneblockError(f"{path_or_name}: no such folder; give a model folder, or an org/name on the hub")
-    return path or _download(*name, ALLOWED)
+    return _download(*name, ALLOWED)
 
 
 def resolve_architecture(name_or_path: str) -> Path | None:

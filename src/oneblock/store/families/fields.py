@@ -39,7 +39,7 @@ def read_flag(key: str, value: Any) -> bool:
     return value
 
 
-def as_it_is(value: Any) -> Any:
+def identity(value: Any) -> Any:
     return value
 
 
@@ -48,7 +48,7 @@ class Kind:
     """A type of value: `read` checks and converts it, `write` converts it back."""
 
     read: Callable[[str, Any], Any]
-    write: Callable[[Any], Any] = as_it_is
+    write: Callable[[Any], Any] = identity
     optional: bool = False  # null is a value
 
 

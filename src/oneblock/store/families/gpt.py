@@ -75,7 +75,7 @@ GPT2_NAMES = {**GPT2_OUTER, **prefix_names("transformer.h.{n}.", {**CONV1D, **GP
 def _read_attention_types(values: Values, keywords: Keywords) -> Keywords:
     """[[["global", "local"], 12]]: kinds of layers, and how often they are repeated."""
     n_layers, groups = keywords["n_layers"], values.get("attention_types") or NEO.defaults["attention_types"]
-    is_valid = all(isinstance(kinds, list) and {*kinds} <= {"global", "local"} for kinds, times in groups)
+    is_valid = all(isinstance(kinds, list) and {*kinds} <= {"global", "local"} for kinds, _ in groups)
     if not is_valid or sum(len(kinds) * times for kinds, times in groups) != n_layers:
         raise OneblockError(f"attention_types must give global or local to {n_layers} layers; fix it")
     return {"sliding": tuple(kind == "local" for kinds, times in groups for kind in kinds * times)}
