@@ -311,7 +311,7 @@ def reference_logits(model: nn.Module, run: Run) -> Tensor:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """No parameter at the value it starts with: a gain of one or a gate of zero would hide a mistake."""
+    """No parameter at the value it starts with: a norm weight of one or a gate of zero would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.empty(p.shape).normal_(generator=generator)

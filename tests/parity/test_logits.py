@@ -26,7 +26,7 @@ def ours(model: Decoder, run: Any) -> Tensor:
 
 
 def distance(model: Decoder, reference: Any) -> float:
-    """The largest difference over all runs; infinite where ours is no number."""
+    """The largest difference over all runs; infinite where ours is NaN."""
     pairs = zip(reference.runs, reference.logits, strict=True)
     return max((ours(model, run) - theirs).abs().nan_to_num(torch.inf).max().item() for run, theirs in pairs)
 
@@ -51,7 +51,7 @@ def test_saving_gives_the_reference_its_own_tensors(reference: Any, tmp_path: An
 
 # ------------------------------------------------------------------ mutations
 
-# What a field can change to besides what its type says. A number grows, a flag flips.
+# Values for fields that are None, and the choices of names. Numbers grow and flags flip by themselves.
 ABSENT: dict[str, Any] = {
     "rope": s.Rope(),
     "window": 5,
@@ -154,11 +154,11 @@ def test_every_field_matters(reference: Any) -> None:
     model = load_model(reference.folder).model
     assert distance(model, reference) < TOLERANCE
     changes = list(changed(model.spec, "", None))
-    unseen = [
+    unnoticed = [
         what for what, mutant in changes if not invisible(model.spec, what) and not noticed(reference, model, mutant)
     ]
     assert len(changes) > 30
-    assert not unseen
+    assert not unnoticed
 
 
 def test_the_exceptions_are_true_and_all_used(reference: Any) -> None:

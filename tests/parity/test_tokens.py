@@ -19,8 +19,8 @@ def reference_tokens(model: Any, prompt: list[int], cached: bool) -> tuple[list[
     model.generation_config.eos_token_id = None
     kwargs = {"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
     ids = torch.tensor([prompt])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, use_cache=cached, **kwargs)
-    return found.sequences[0, len(prompt) :].tolist(), [lead(logits) for logits in found.logits]
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, use_cache=cached, **kwargs)
+    return output.sequences[0, len(prompt) :].tolist(), [lead(logits) for logits in output.logits]
 
 
 def recomputed_tokens(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:

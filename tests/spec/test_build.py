@@ -107,9 +107,7 @@ def test_every_size_has_a_limit(family: str, keyword: str):
 
 
 def test_experts_are_limited_over_all_layers():
-    with pytest.raises(
-        OneblockError, match=f"1,024 layers x 65 experts is 66,560, above the limit of {MAX_EXPERTS:,}"
-    ):
+    with pytest.raises(OneblockError, match=f"1,024 layers x 65 experts is 66,560, above the limit of {MAX_EXPERTS:,}"):
         get_spec("mixtral", n_layers=1024, n_experts=65)
 
 

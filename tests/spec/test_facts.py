@@ -48,9 +48,9 @@ def test_counts_of_models_beside_the_table(name: str):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in COUNTS])
 def test_numbers(name: str, facts: dict[str, dict[str, Any]]):
-    fact, built = facts[MODELS[name].title], get_spec(name)
+    fact, spec = facts[MODELS[name].title], get_spec(name)
     assert fact["family"] == MODELS[name].family
-    assert numbers(built) == {
+    assert numbers(spec) == {
         "params_total": fact.get("params_text", fact["params_total"]),
         "params_active": fact.get("params_active_text", fact.get("params_text", fact["params_active"])),
         "dim": fact["hidden"],
@@ -60,25 +60,25 @@ def test_numbers(name: str, facts: dict[str, dict[str, Any]]):
         "norm_eps": fact["norm_eps"],
         "tied": fact["tied"],
     }
-    attn = built.pattern[0].attn
+    attn = spec.pattern[0].attn
     if fact["name"] not in ODD_HEADS:
         assert (attn.n_heads, attn.n_kv_heads, attn.head_dim) == (fact["q_heads"], fact["kv_heads"], fact["head_dim"])
     if MODELS[name].family != "gpt3":  # its window was never published
-        windows = {x.attn.window for x in built.layers} - {None}
+        windows = {x.attn.window for x in spec.layers} - {None}
         assert windows == ({fact["sliding_window"]} if fact["sliding_window"] else set())
-    assert {x.attn.rope.theta for x in built.layers if x.attn.rope} == thetas(fact["rope_parameters"])
+    assert {x.attn.rope.theta for x in spec.layers if x.attn.rope} == thetas(fact["rope_parameters"])
 
 
-def numbers(built: Spec) -> dict[str, Any]:
+def numbers(spec: Spec) -> dict[str, Any]:
     return {
-        "params_total": params.total(built),
-        "params_active": params.total(built, active=True),
-        "dim": built.dim,
-        "layers": built.n_layers,
-        "vocab": built.vocab,
-        "max_ctx": built.context,
-        "norm_eps": built.norm.eps,
-        "tied": built.tied,
+        "params_total": params.total(spec),
+        "params_active": params.total(spec, active=True),
+        "dim": spec.dim,
+        "layers": spec.n_layers,
+        "vocab": spec.vocab,
+        "max_ctx": spec.context,
+        "norm_eps": spec.norm.eps,
+        "tied": spec.tied,
     }
 
 

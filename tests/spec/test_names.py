@@ -15,11 +15,11 @@ from oneblock.spec import FAMILIES, MODELS, LinearScaling, Rope, Spec, get_spec
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_builds_and_is_hashable(name: str):
-    built = get_spec(name)
-    assert built == get_spec(name) and hash(built) == hash(get_spec(name))
-    assert len(built.layers) == built.n_layers
-    assert built.n_layers >= len(built.pattern)
-    for layer in built.layers:
+    spec = get_spec(name)
+    assert spec == get_spec(name) and hash(spec) == hash(get_spec(name))
+    assert len(spec.layers) == spec.n_layers
+    assert spec.n_layers >= len(spec.pattern)
+    for layer in spec.layers:
         assert layer.attn.n_heads % layer.attn.n_kv_heads == 0
 
 
@@ -74,7 +74,7 @@ def test_changes_apply_to_a_model():
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "says"),
+    ("name", "changes", "message"),
     [
         ("llama3-8b", {}, "did you mean 'llama-3-8b'"),
         ("gema2", {}, "did you mean 'gemma2'"),
@@ -82,8 +82,8 @@ def test_changes_apply_to_a_model():
         ("zzzzzzzz", {}, "unknown model 'zzzzzzzz' "),
     ],
 )
-def test_unknown_names_suggest_the_nearest(name: str, changes: dict[str, Any], says: str):
-    with pytest.raises(OneblockError, match=says):
+def test_unknown_names_suggest_the_nearest(name: str, changes: dict[str, Any], message: str):
+    with pytest.raises(OneblockError, match=message):
         get_spec(name, **changes)
 
 

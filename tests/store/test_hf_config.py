@@ -83,7 +83,7 @@ def test_absent_keys_have_the_class_defaults(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_each_default_stands_alone(kind: str, tmp_path: Path) -> None:
-    """Leaving out any one key of a whole configuration gives what transformers then gives."""
+    """Leaving out any one key of a full configuration gives what transformers then gives."""
     full = normalised(
         {"model_type": kind, "num_hidden_layers": 12} if kind not in ("gpt_neo",) else {"model_type": kind}
     )
@@ -179,9 +179,9 @@ def test_ropes_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_presets_read_back(name: str) -> None:
-    wanted = get_spec(name)
-    config = write_config(wanted)
-    assert family_of(config).config.read(config) == wanted
+    spec = get_spec(name)
+    config = write_config(spec)
+    assert family_of(config).config.read(config) == spec
     assert json.loads(json.dumps(config)) == config
     ours = MODELS[name].family == "gpt3"  # no Hugging Face class has GPT-3's banded layers with its biases
     assert (config["model_type"] == "oneblock") == ours
@@ -219,10 +219,10 @@ def test_an_architecture_of_ones_own_reads_back() -> None:
 def test_the_text_side_of_image_text_models(outer: str, inner: str, tmp_path: Path) -> None:
     text = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": outer, "text_config": text, "dtype": "bfloat16"}))
-    found, config = read_config(tmp_path)
+    spec, config = read_config(tmp_path)
     assert config["model_type"] == inner
     assert config["dtype"] == "bfloat16"
-    assert found == read({"model_type": inner, **text}, tmp_path)
+    assert spec == read({"model_type": inner, **text}, tmp_path)
 
 
 # ------------------------------------------------------------------ refusals

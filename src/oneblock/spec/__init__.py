@@ -1,4 +1,4 @@
-"""What a model is: an architecture as a tree of frozen dataclasses, and the published ones by name."""
+"""The architecture of a model as a tree of frozen dataclasses, and the published models by name."""
 
 from oneblock.spec.names import FAMILIES, MODELS, Model, get_spec
 from oneblock.spec.parts import (

@@ -151,7 +151,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole decoder."""
+    """A decoder-only model."""
 
     vocab: int  # tokens in the vocabulary
     dim: int  # width of the residual stream

@@ -110,9 +110,9 @@ def _map_layer(disk: str, row: TensorRule, layer: int, shapes: Mapping[str, Shap
 
 def _map_rule(disk: str, row: TensorRule, shapes: dict[str, Shape], n_heads: int) -> Iterator[tuple[str, DiskTensor]]:
     if "{e}" in disk:
-        one = {name: shape[1:] for name, shape in shapes.items()}
+        expert_shapes = {name: shape[1:] for name, shape in shapes.items()}
         for expert in range(next(iter(shapes.values()))[0]):
-            yield disk.replace("{e}", str(expert)), _disk_tensor(row, one, n_heads, expert)
+            yield disk.replace("{e}", str(expert)), _disk_tensor(row, expert_shapes, n_heads, expert)
     else:
         yield disk, _disk_tensor(row, shapes, n_heads, None)
 

@@ -72,8 +72,8 @@ class LayerTypeRopes:
         full |= values.raw.get("rope_scaling") or {}
         for raw in (full, local):
             raw.pop("truncate", None)  # transformers looks for it outside the nested sets, where it is not
-        one = RopeKeys()
-        return {"rope": one.read_one(values, full, keywords), "rope_local": one.read_one(values, local, keywords)}
+        keys = RopeKeys()
+        return {"rope": keys.read_one(values, full, keywords), "rope_local": keys.read_one(values, local, keywords)}
 
     def write(self, spec: Spec) -> Raw:
         full = next((x.attn for x in spec.pattern if not x.attn.window), None)
