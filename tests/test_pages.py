@@ -232,3 +232,24 @@ def test_the_readme_counts_models_and_families() -> None:
     from oneblock.spec.names import FAMILIES, MODELS
 
     assert f"{len(MODELS)} published models of {len(FAMILIES)} families" in README.read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------ glossary
+
+GLOSSARY = re.findall(r"^\| (.+?) \| .+ \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+
+
+def test_the_glossary_is_sorted() -> None:
+    terms = [term.casefold() for term, _ in GLOSSARY[1:]]
+    assert len(terms) >= 80 and terms == sorted(set(terms))
+
+
+@pytest.mark.parametrize(("term", "where"), GLOSSARY[1:], ids=[term for term, _ in GLOSSARY[1:]])
+def test_glossary_names_exist(term: str, where: str) -> None:
+    """The file exists, and it contains the name behind the last dot, or the field of a flag."""
+    if where == "planned":
+        return
+    file, *names = re.findall(r"`([^`]+)`", where)
+    text = (ROOT / "src" / "oneblock" / file).read_text(encoding="utf-8")
+    words = [name.removeprefix("--").replace("-", "_").split(".")[-1] for name in names]
+    assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
