@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from oneblock.errors import OneblockError
-from oneblock.lineage import spec_of
+from oneblock.lineage.commands import label, spec_of
 from oneblock.model import Decoder
 from oneblock.spec import FAMILIES
 from oneblock.store import resolve, resolve_architecture, save_model
@@ -236,6 +236,7 @@ def test_a_published_name_wins_over_a_folder_of_the_same_spelling(
     note = "gpt2: taking the published model; give ./gpt2 for the local folder\n"
     assert capsys.readouterr().err == 2 * note
     assert spec_of("./gpt2").dim == spec_of(str(tmp_path / "gpt2")).dim == 8
+    assert [label(name) for name in ("gpt2", "./gpt2", "gpt2/config.json")] == ["gpt2", "./gpt2", "gpt2/config.json"]
     assert resolve("./gpt2") == Path("gpt2")
     assert resolve(Path("gpt2")) == Path("gpt2")
     with pytest.raises(OneblockError, match=r"^gpt2 is a published architecture, which .* give \./gpt2 for the local"):

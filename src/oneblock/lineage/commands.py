@@ -104,9 +104,12 @@ def compute_costs(name: str, options: Compare) -> table.Costs:
 
 
 def label(name_or_path: str) -> str:
-    """The heading of a column: a model's name, or the name of a config's folder."""
+    """The heading of a column: a published name, or the name of a config's folder (`./gpt2` for a folder gpt2)."""
+    from oneblock.store.hub import is_published
+
     path = Path(name_or_path)
-    return path.resolve().parent.name if path.name == "config.json" else path.name or path.resolve().name
+    name = path.resolve().parent.name if path.name == "config.json" else path.name or path.resolve().name
+    return name_or_path if is_published(name) else name
 
 
 def notes(costs: list[table.Costs], options: Compare) -> list[str]:
