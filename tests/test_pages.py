@@ -73,6 +73,7 @@ class Block:
             if line.startswith("$ "):
                 found.append((line[2:], []))
             else:
+                assert found, f"{self}: output before the first command"
                 found[-1][1].append(line)
         return found
 
