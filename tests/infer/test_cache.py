@@ -57,9 +57,9 @@ for kind, change in KINDS.items():
 
 
 def in_pieces(
-    model: Decoder, ids: torch.Tensor, pieces: list[int], capacity: int, coded: bool = False
+    model: Decoder, ids: torch.Tensor, pieces: list[int], capacity: int, quantized: bool = False
 ) -> tuple[torch.Tensor, KVCache]:
-    cache = KVCache(model.spec, ids.shape[0], capacity, torch.float32, CPU, coded)
+    cache = KVCache(model.spec, ids.shape[0], capacity, torch.float32, CPU, quantized)
     logits, start = [], 0
     for n in pieces:
         logits.append(model(ids[:, start : start + n], cache=cache))
@@ -104,8 +104,8 @@ def test_eight_bits_stay_near_however_the_text_comes(name: str) -> None:
     model = random_model(SPECS[name])
     ids = torch.randint(0, model.spec.vocab, (2, 32), generator=torch.Generator().manual_seed(1))
     full = model(ids)
-    whole, cache = in_pieces(model, ids, [32], 32, coded=True)
-    pieces, grown = in_pieces(model, ids, [3, 1, 9, 1, 1, 17], 4, coded=True)
+    whole, cache = in_pieces(model, ids, [32], 32, quantized=True)
+    pieces, grown = in_pieces(model, ids, [3, 1, 9, 1, 1, 17], 4, quantized=True)
     assert 0 < (whole - full).norm() / full.norm() < 0.1
     assert (pieces - whole).norm() / full.norm() < 0.02
     plain = in_pieces(model, ids, [32], 32)[1].nbytes
@@ -206,7 +206,7 @@ def test_keep_rows():
     model = random_model(SPECS["mistral"])
     ids = torch.randint(0, model.spec.vocab, (3, 16))
     _, cache = in_pieces(model, ids[:, :14], [12, 1, 1], capacity=20)
-    cache.keep([2, 0])
+    cache.select_rows([2, 0])
     logits = [model(ids[[2, 0], i : i + 1], cache=cache) for i in (14, 15)]
     torch.testing.assert_close(torch.cat(logits, 1), model(ids)[[2, 0], 14:], atol=1e-4, rtol=1e-4)
 
@@ -257,7 +257,7 @@ class TestImages:
         model, ids, image = self.model_and_inputs()
         cache = KVCache(model.spec, 2, 24, torch.float32, CPU)
         model(ids[:, :16], image=image, cache=cache)
-        cache.keep([1])
+        cache.select_rows([1])
         actual = model(ids[1:, 16:], cache=cache)
         torch.testing.assert_close(actual, model(ids, image=image)[1:, 16:], atol=1e-4, rtol=1e-4)
 

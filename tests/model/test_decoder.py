@@ -72,6 +72,7 @@ def test_experts_equal_one_token_at_a_time(name: str, grouped: bool) -> None:
     if grouped:
         use_fast_kernels(model)
     moe = model.blocks[0].mlp
+    assert isinstance(moe, m.Moe)
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 9, 32)

@@ -22,7 +22,7 @@ from torch import Tensor
 from oneblock.config import check_range, nearest
 from oneblock.errors import OneblockError
 from oneblock.files import read_text, report_write_errors
-from oneblock.infer.cache import item_bytes
+from oneblock.infer.cache import bytes_per_element
 from oneblock.infer.generate import Request, Sequences, allowed_tokens, check_logits, check_request, remaining_tokens
 from oneblock.infer.llm import LLM
 from oneblock.infer.options import BATCH_SIZE, OPTIONS, StructuredOutputOptions
@@ -129,7 +129,7 @@ def choose_batch_size(llm: LLM, jobs: Sequence[Job]) -> int:
     jobs = [job for job in jobs if job.error is None]
     prompt = max((len(job.prompt) for job in jobs), default=1)
     limits = (len(job.prompt) + remaining_tokens(spec, job.prompt, job.request.max_tokens) for job in jobs)
-    cache = kv_bytes(spec, max(limits, default=1), item_bytes(spec, model.dtype, llm.kv_cache_dtype == "int8"))
+    cache = kv_bytes(spec, max(limits, default=1), bytes_per_element(spec, model.dtype, llm.kv_cache_dtype == "int8"))
     row = 2 * cache + 16 * spec.vocab + 64 * prompt * spec.dim  # twice: dropping finished rows copies the cache
     return max(1, min(MAX_BATCH_SIZE.get(model.device.type, 32), int(MEMORY_SHARE * free_memory(model.device) / row)))
 

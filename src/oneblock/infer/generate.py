@@ -141,7 +141,7 @@ class Sequences:
     def select_sequences(self, rows: Sequence[int]) -> None:
         """Keep these rows and drop the others."""
         self.rows, self.pads = [self.rows[i] for i in rows], [self.pads[i] for i in rows]
-        self.cache.keep(rows)
+        self.cache.select_rows(rows)
 
     def replace_prompt(self, prompt: Sequence[int]) -> None:
         """Replace the only sequence; the cache keeps the common prefix of both."""

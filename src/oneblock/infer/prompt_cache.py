@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from oneblock.errors import OneblockError
 from oneblock.files import replace_file
-from oneblock.infer.cache import Held
+from oneblock.infer.cache import StoredKV
 from oneblock.infer.generate import Sequences, common_prefix_length
 from oneblock.model import Decoder
 from oneblock.store.save import write_tensors
@@ -29,11 +29,11 @@ def save_prompt_cache(path: Path, sequences: Sequences) -> None:
     """Write ids, keys and values of a batch of one; an existing file is replaced in one step."""
     [row], cache = sequences.rows, sequences.cache
     tensors = {"ids": torch.tensor(row[: cache.length])}
-    for layer, pair in zip(cache.stored_layers, cache.columns(), strict=True):
+    for layer, pair in zip(cache.text_layers, cache.stored_kv(), strict=True):
         for name, parts in zip(("keys", "values"), pair, strict=True):
             tensors |= {f"{name}.{layer}.{i}": x for i, x in enumerate(parts)}
     with replace_file(path) as temporary:
-        write_tensors(temporary, tensors, {"model": fingerprint(sequences.model, cache.coded)})
+        write_tensors(temporary, tensors, {"model": fingerprint(sequences.model, cache.quantized)})
 
 
 def load_prompt_cache(path: Path, sequences: Sequences) -> int:
@@ -44,19 +44,19 @@ def load_prompt_cache(path: Path, sequences: Sequences) -> int:
     [row], cache = sequences.rows, sequences.cache
     try:
         with safe_open(path, "pt", device=str(cache.device)) as file:
-            if (file.metadata() or {}).get("model") != fingerprint(sequences.model, cache.coded):
+            if (file.metadata() or {}).get("model") != fingerprint(sequences.model, cache.quantized):
                 raise OneblockError(
                     f"{path}: is the prompt cache of another model or KV cache dtype; name another file, or delete it"
                 )
             ids = file.get_tensor("ids").tolist()
-            parts = range(2 if cache.coded else 1)
+            parts = range(2 if cache.quantized else 1)
 
-            def stored(name: str) -> Held:
+            def stored(name: str) -> StoredKV:
                 return tuple(file.get_tensor(f"{name}.{i}") for i in parts)
 
-            pairs = ((stored(f"keys.{n}"), stored(f"values.{n}")) for n in cache.stored_layers)
+            pairs = ((stored(f"keys.{n}"), stored(f"values.{n}")) for n in cache.text_layers)
             common = common_prefix_length(ids, row)
-            if common < 2 or not cache.fill(pairs, len(ids)) or not cache.rewind(min(common, len(row) - 1)):
+            if common < 2 or not cache.restore(pairs, len(ids)) or not cache.rewind(min(common, len(row) - 1)):
                 sequences.reset()
                 return 0
     except (SafetensorError, OSError) as e:
