@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from oneblock.text.stream import Detokenizer
 
 if TYPE_CHECKING:
-    from oneblock.infer.structured_output import GrammarMatcher
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -60,6 +60,18 @@ class Ending(IntEnum):
     AFTER_TOKEN = 2  # no token can follow
 
 
+class TokenMatcher(Protocol):
+    """The position of a reply in a grammar, as `structured_output.GrammarMatcher` keeps it."""
+
+    def allowed_tokens(self) -> Tensor:
+        """The ids that may come next, bool (V,)."""
+        ...
+
+    def accept_token(self, id: int) -> Ending:
+        """Advance by an allowed token; how it ends the reply."""
+        ...
+
+
 class Reply:
     """The generated tokens of one sequence, their text, the position in a grammar, and the finish reason."""
 
@@ -69,7 +81,7 @@ class Reply:
         limit: int,
         stop_ids: frozenset[int],
         stops: Sequence[str],
-        matcher: GrammarMatcher | None = None,
+        matcher: TokenMatcher | None = None,
     ):
         self.ids: list[int] = []
         self.matcher = matcher
