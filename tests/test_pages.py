@@ -26,9 +26,11 @@ import torch
 
 import oneblock
 from oneblock import cli, flags
+from oneblock.config import load_toml
 from oneblock.model import Decoder, init_weights
 from oneblock.store.save import write_model
 from oneblock.text import train_bpe
+from oneblock.train.options import Train, flatten
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -39,6 +41,7 @@ REASONS = ("needs a network", "needs a GPU", "needs torchrun", "needs an externa
 SMALL = {
     "train --resume": "",
     "train --config": "--steps 3",
+    "train --init": "--steps 3 --batch-size 2 --no-preflight --no-tensorboard --eval-batches 2 --compile off",
     "train": "--steps 3 --dim 32 --n-layers 2 --n-heads 2 --n-kv-heads 2 --head-dim 16 --hidden-dim 64 --context 64"
     " --batch-size 2 --no-preflight --no-tensorboard --eval-batches 2 --compile off",
     "generate": "--max-tokens 8",
@@ -210,6 +213,16 @@ def test_commands_and_python_blocks_run(
             for command, shown in block.commands():
                 monkeypatch.setattr("sys.stdin", StringIO("Hello\n"))
                 run_command(block, command, shown, capsys)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "toml"], ids=str)
+def test_configuration_files_load(block: Block, tmp_path: Path) -> None:
+    """Each TOML block is a valid configuration, and sets every option that is not a path or a command's switch."""
+    (tmp_path / "run.toml").write_text(block.text)
+    options = load_toml(Train, tmp_path / "run.toml")
+    skipped = {"init", "out", "resume", "allow_changes", "config", "dry_run", "seconds", "track"}
+    given = flags.typed_fields(Train, ["--config", str(tmp_path / "run.toml")])
+    assert set(flatten(options)) - skipped - given == set()
 
 
 # ------------------------------------------------------------------ figures
