@@ -81,11 +81,14 @@ def refuse_same_folder(out: str | Path, source: str | Path) -> None:
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file, without a byte-order mark; OneblockError where it cannot be read."""
     try:
-        return path.read_text("utf-8-sig")
+        content = path.read_bytes()
+        if b"\0" in content:
+            raise OneblockError(f"{path} is not text (it contains zero bytes): give text files")
+        return content.decode("utf-8-sig")
     except OSError as error:
-        raise OneblockError(f"{path}: {error.strerror}") from None
+        raise OneblockError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise OneblockError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise OneblockError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
 
 
 def fsync_file(path: Path) -> None:

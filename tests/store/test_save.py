@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """A saved model with a tokenizer file."""
-    save_model(tmp_path / "model", random_model(TINY), generation={"temperature": 0.5})
+    save_model(tmp_path / "model", Checkpoint(random_model(TINY), TINY, {}, {"temperature": 0.5}))
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     return tmp_path / "model"
 
@@ -55,7 +56,8 @@ def test_transformers_loads_saved_models(family: str, tmp_path: Path) -> None:
     if family == "mllama":
         from oneblock.store import write_config
 
-        save_model(tmp_path / "m", model, {**write_config(model.spec), "bos_token_id": 0})  # the class wants one
+        config = {**write_config(model.spec), "bos_token_id": 0}  # the class wants one
+        save_model(tmp_path / "m", Checkpoint(model, model.spec, config))
     else:
         save_model(tmp_path / "m", model)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -88,7 +90,7 @@ def test_the_configuration_must_match_the_model(old: Path) -> None:
     before = files(old)
     checkpoint = load_model(old)
     with pytest.raises(OneblockError, match="the configuration describes another model"):
-        save_model(old, random_model(FAMILIES["llama"]()), checkpoint.config)
+        save_model(old, replace(checkpoint, model=random_model(FAMILIES["llama"]())))
     assert files(old) == before
 
 

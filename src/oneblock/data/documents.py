@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from oneblock.data.tokens import Tokens, id_dtype
 from oneblock.errors import OneblockError, missing_extra
+from oneblock.files import read_text
 from oneblock.text import Tokenizer
 
 HUB = "hf:"  # prefix of a data set's name: hf:NAME, hf:NAME:CONFIG, hf:NAME:CONFIG:SPLIT
@@ -77,16 +78,7 @@ def _read_source(source: str, layout: DocumentFormat) -> Iterator[str]:
 
 
 def _read_text_file(path: Path, layout: DocumentFormat) -> Iterator[str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise OneblockError(f"cannot read {path}: {error.strerror}") from None
-    if b"\0" in content:
-        raise OneblockError(f"{path} is not text (it contains zero bytes): give text files")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise OneblockError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
+    text = read_text(path)
     if not text.strip():
         raise OneblockError(f"{path} is empty: give a file with text")
     yield from text.split(layout.separator) if layout.separator else [text]

@@ -343,11 +343,12 @@ class LLM:
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: config, weights, tokenizer; an existing one is replaced in one step."""
+        checkpoint = Checkpoint(self.model, self.spec, self.config, self.generation_config, self._layout)
         with store.replace_model_folder(folder) as new:
             if quant := quant_config(self.model):
-                write_quantized(new, self.model, quant, self.config, self.generation_config)
+                write_quantized(new, checkpoint, quant)
             else:
-                write_model(new, self.model, self.config or None, self.generation_config or None, layout=self._layout)
+                write_model(new, checkpoint)
             if self.tokenizer is not None:
                 self.tokenizer.save(new)
 

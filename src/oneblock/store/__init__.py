@@ -22,19 +22,9 @@ __all__ = [
     "write_config",
 ]
 
-_MODULES = {
-    "Checkpoint": "load",
-    "load_model": "load",
-    "read_config": "config",
-    "replace_model_folder": "save",
-    "resolve": "hub",
-    "resolve_architecture": "hub",
-    "save_model": "save",
-    "write_config": "config",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module in ("config", "hub", "load", "save") if name in __all__ else ():  # the last two import torch
+        if hasattr(import_module(f"{__name__}.{module}"), name):
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

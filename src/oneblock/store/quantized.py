@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from oneblock.kernels.substitution import set_tensor
 from oneblock.model import Decoder
 from oneblock.quant.modules import QuantizedEmbedding
 from oneblock.quant.quantize import QuantConfig, replace_linears, tie_embedding, unquantized, weights
-from oneblock.store.config import QUANTIZED, read_config, write_config
+from oneblock.store.config import QUANTIZED, read_config
 from oneblock.store.load import SINGLE, Checkpoint, as_dtype, build_on_meta, read_generation_config
-from oneblock.store.save import write_config_files, write_tensors
+from oneblock.store.save import complete_checkpoint, write_config_files, write_tensors
 
 FORMAT = 2  # of the tensors' names and layouts
 FIX = "quantize the original model again"
@@ -36,20 +36,14 @@ def stored_quant_config(config: Mapping[str, Any]) -> QuantConfig | None:
     return QuantConfig(section.get("bits", 8), section.get("group", 64), section.get("fp8", False))
 
 
-def write_quantized(
-    folder: Path,
-    model: Decoder,
-    quant: QuantConfig,
-    config: Mapping[str, Any] | None = None,
-    generation: dict[str, Any] | None = None,
-) -> None:
+def write_quantized(folder: Path, model: Decoder | Checkpoint, quant: QuantConfig) -> None:
     """Write weights and settings into an existing folder; `unquantized` in config.json says which matrices are not."""
+    checkpoint = complete_checkpoint(model)
+    model = checkpoint.model
     tensors = {name: x.contiguous() for name, x in weights(model).items()}
     write_tensors(folder / SINGLE, tensors, {"format": "oneblock"})
     section = {"quant_method": QUANTIZED, "format": FORMAT, **asdict(quant), "unquantized": unquantized(model, quant)}
-    write_config_files(
-        folder, model, {**(config or write_config(model.spec)), "quantization_config": section}, generation
-    )
+    write_config_files(folder, replace(checkpoint, config={**checkpoint.config, "quantization_config": section}))
 
 
 def load_quantized(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,14 @@ from oneblock.store.tensors import CODES, build_header, stored_chunks
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 
 
-def save_model(
-    folder: str | Path,
-    model: Decoder | Checkpoint,
-    config: dict[str, Any] | None = None,
-    generation: dict[str, Any] | None = None,
-    *,
-    layout: Layout | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-) -> None:
+def save_model(folder: str | Path, model: Decoder | Checkpoint, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Save a model atomically: the folder holds the old model or the new one, never a mix.
 
     A `Checkpoint` is saved as it was loaded: configuration, tensor names, a stored tied head. Without a configuration
     one is made from the spec. Other files in the folder are kept. OneblockError if the disk is full.
     """
     with replace_model_folder(folder) as new:
-        write_model(new, model, config, generation, layout=layout, max_shard_size=max_shard_size)
+        write_model(new, model, max_shard_size)
 
 
 @contextmanager
@@ -69,31 +62,25 @@ def _model_files(folder: Path) -> set[str]:
     return names
 
 
-def write_model(
-    folder: Path,
-    model: Decoder | Checkpoint,
-    config: dict[str, Any] | None = None,
-    generation: dict[str, Any] | None = None,
-    *,
-    layout: Layout | None = None,
-    max_shard_size: int = MAX_SHARD_SIZE,
-) -> None:
+def write_model(folder: Path, model: Decoder | Checkpoint, max_shard_size: int = MAX_SHARD_SIZE) -> None:
     """Write a model's files into an existing folder: for use inside `replace_model_folder`."""
-    if isinstance(model, Checkpoint):
-        config = model.config if config is None else config
-        generation = model.generation if generation is None else generation
-        model, layout = model.model, layout or model.layout
-    config = write_config(model.spec) if config is None else config
-    family = family_of(config)
-    if family.config.read(config) != model.spec:
+    checkpoint = complete_checkpoint(model)
+    model, family = checkpoint.model, family_of(checkpoint.config)
+    if family.config.read(checkpoint.config) != model.spec:
         raise OneblockError(
             f"{folder.name}: the configuration describes another model; save without one to generate it from the spec"
         )
     parameters = dict(model.named_parameters())
-    files = _split_into_shards(_name_tensors(family, model, layout), parameters, max_shard_size)
+    files = _split_into_shards(_name_tensors(family, model, checkpoint.layout), parameters, max_shard_size)
     for name, disk_tensors in files.items():
         write_weights(folder / name, disk_tensors, parameters)
-    write_config_files(folder, model, config, generation, files)
+    write_config_files(folder, checkpoint, files)
+
+
+def complete_checkpoint(model: Decoder | Checkpoint) -> Checkpoint:
+    """The model with a configuration, which is made from the spec where there is none."""
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model, model.spec, {})
+    return checkpoint if checkpoint.config else replace(checkpoint, config=write_config(checkpoint.model.spec))
 
 
 def plan_weight_files(model: Decoder, count: int) -> dict[str, DiskTensors]:
@@ -105,18 +92,15 @@ def plan_weight_files(model: Decoder, count: int) -> dict[str, DiskTensors]:
 
 
 def write_config_files(
-    folder: Path,
-    model: Decoder,
-    config: dict[str, Any] | None = None,
-    generation: dict[str, Any] | None = None,
-    files: Mapping[str, DiskTensors] | None = None,
+    folder: Path, model: Decoder | Checkpoint, files: Mapping[str, DiskTensors] | None = None
 ) -> None:
     """Write config.json, generation_config.json unless it is empty, and the index if there are several `files`."""
-    config = write_config(model.spec) if config is None else config
+    checkpoint = complete_checkpoint(model)
+    model, config = checkpoint.model, checkpoint.config
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     _write_json(folder / CONFIG, {**config, key: str(model.dtype).removeprefix("torch.")})
-    if generation:
-        _write_json(folder / GENERATION, generation)
+    if checkpoint.generation:
+        _write_json(folder / GENERATION, checkpoint.generation)
     if files and len(files) > 1:
         parameters = dict(model.named_parameters())
         weight_map = {tensor: name for name, disk_tensors in files.items() for tensor in disk_tensors}

@@ -133,13 +133,10 @@ def special_names(config: dict[str, Any]) -> list[str]:
 
 
 def apply_config(backend: Backend, config: dict[str, Any]) -> None:
-    """Add the special tokens and the beginning- and end-of-text rule of a tokenizer_config.json to the backend."""
-    _add_special_tokens(backend, config)
-    _set_post_processor(backend, config)
+    """Add the special tokens and the beginning- and end-of-text rule of a tokenizer_config.json to the backend.
 
-
-def _add_special_tokens(backend: Backend, config: dict[str, Any]) -> None:
-    """Add the config's tokens to the backend; those that its file lacks get the next free ids."""
+    Tokens that the backend's file lacks get the next free ids.
+    """
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     tokens = [
         AddedToken(entry["content"], **{key: bool(entry[key]) for key in flags if key in entry})
@@ -150,6 +147,7 @@ def _add_special_tokens(backend: Backend, config: dict[str, Any]) -> None:
     tokens += [AddedToken(name, normalized=False, special=True) for name in new]
     backend.add_tokens(tokens)  # in id order
     backend.add_special_tokens([t for t in tokens if t.special])
+    _set_post_processor(backend, config)
 
 
 def _set_post_processor(backend: Backend, config: dict[str, Any]) -> None:

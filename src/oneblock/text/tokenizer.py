@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tokenizers import AddedToken, Encoding, models
 from tokenizers import Tokenizer as Backend
@@ -20,6 +20,9 @@ from oneblock.text.stream import Detokenizer, TokenBytes
 
 if TYPE_CHECKING:
     from oneblock.text.chat import ContentMask, Conversation
+
+Messages: TypeAlias = "Sequence[Mapping[str, Any]]"  # [{"role": "user", "content": ".."}, ..]
+Tools: TypeAlias = "Sequence[Any] | None"
 
 MARK = "\ufdd0"  # a noncharacter, removed from text where the next two are used
 CONTROL_MARK = f"{MARK}control"  # stands for a control token while the text around it is encoded
@@ -229,13 +232,7 @@ class Tokenizer:
 
     # ------------------------------------------------------------------ conversations
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Any] | None = None,
-        generation_prompt: bool = True,
-        **options: Any,
-    ) -> str:
+    def render(self, messages: Messages, tools: Tools = None, generation_prompt: bool = True, **options: Any) -> str:
         """Return the text of a conversation `[{"role": "user", "content": ".."}, ..]` by the chat template."""
         from oneblock.text import chat_template
 
@@ -243,11 +240,7 @@ class Tokenizer:
         return chat_template.render(conversation.template, conversation.values())
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Any] | None = None,
-        generation_prompt: bool = True,
-        **options: Any,
+        self, messages: Messages, tools: Tools = None, generation_prompt: bool = True, **options: Any
     ) -> list[int]:
         """Return the token ids of a conversation. Only the template writes control tokens; message text stays text.
 
@@ -263,7 +256,7 @@ class Tokenizer:
         return self._encode_rendered(chat.render_masked(conversation, mask, self._control), mask)
 
     def _conversation(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, generation_prompt: bool, options: dict[str, Any]
+        self, messages: Messages, tools: Tools, generation_prompt: bool, options: dict[str, Any]
     ) -> Conversation:
         from oneblock.text import chat
 

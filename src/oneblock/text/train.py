@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from oneblock.config import Range, check_range
 from oneblock.errors import OneblockError
+from oneblock.files import read_text
 from oneblock.text.bytepairs import CL100K, byte_letters
 from oneblock.text.bytepairs import byte_level as set_byte_level
 from oneblock.text.tokenizer import Tokenizer
@@ -41,12 +42,7 @@ def train_bpe(
 def _read_text(text: str | Path) -> str:
     if isinstance(text, str):
         return text
-    try:
-        content = text.read_text("utf-8-sig")
-    except OSError as error:
-        raise OneblockError(f"{text}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise OneblockError(f"{text} is not UTF-8 text (byte {error.start}): convert it first") from None
+    content = read_text(text)
     if not content.strip():
         raise OneblockError(f"{text} is empty: give a file with text")
     return content

@@ -189,7 +189,7 @@ class Share:
         for name, slots in self.mine.items():
             write_weights(folder / name, slots, self.weights)
         if self.first:
-            write_config_files(folder, self.model, files=self.files)
+            write_config_files(folder, self.model, self.files)
         write_tensors(folder / self.optimizer_file, self.optimizer)
         return [*self.mine, self.optimizer_file]
 
