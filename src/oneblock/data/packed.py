@@ -60,12 +60,9 @@ class PackedDataset:
         documents: bool = False,
     ):
         """`weights`: sampling weights of the sources; default: their lengths. `documents`: mask across documents."""
-        for name, value, limits in (
-            ("length", length, Range(1)),
-            ("batch_size", batch_size, Range(1)),
-            ("seed", seed, SEED),
-        ):
-            check_range(name, value, limits, int)
+        check_range("length", length, Range(1), int)
+        check_range("batch_size", batch_size, Range(1), int)
+        check_range("seed", seed, SEED, int)
         check_range("weights", weights, Range(0), tuple[float, ...])
         several = isinstance(sources, Sequence) and not isinstance(sources, np.ndarray)
         sequences = [as_tokens(source) for source in sources] if several else [as_tokens(sources)]  # type: ignore[arg-type]

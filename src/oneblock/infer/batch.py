@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -285,19 +285,6 @@ def lock_file(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def complete_jobs(
-    llm: LLM, jobs: Sequence[Job], output: Output, batch_size: int | None, report: Callable[[Result], None]
-) -> None:
-    """Write the results of the jobs that the output lacks; finished ones stay, whatever ends the run."""
-    waiting = [job for job in jobs if job.id not in output.done]
-    try:
-        for result in generate_results(llm, waiting, batch_size or choose_batch_size(llm, waiting)):
-            output.write(result)
-            report(result)
-    finally:
-        output.close()
-
-
 def complete_file(llm: LLM, source: Path, target: Path, batch_size: int | None, defaults: Mapping[str, Any]) -> None:
     """`oneblock generate MODEL --input SOURCE --output TARGET`, with a progress bar in a terminal."""
     from rich.console import Console
@@ -309,20 +296,19 @@ def complete_file(llm: LLM, source: Path, target: Path, batch_size: int | None, 
         raise OneblockError(f"{target} is the input: give another --output")
     jobs = Reader(llm, defaults).read(source)
     output = Output(target, {job.id for job in jobs})
+    waiting = [job for job in jobs if job.id not in output.done]
     before, errors, tokens = len(output.done), 0, 0
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=len(jobs), completed=before)
-
-            def report(result: Result) -> None:
-                nonlocal errors, tokens
+            for result in generate_results(llm, waiting, batch_size or choose_batch_size(llm, waiting)):
+                output.write(result)
                 errors, tokens = errors + (result.error is not None), tokens + len(result.ids)
                 rate = tokens / max(bar.tasks[0].elapsed or 0.0, 1e-9)
                 bar.update(task, advance=1, description=f"{rate:,.0f} tokens/s")
-
-            complete_jobs(llm, jobs, output, batch_size, report)
-    finally:
+    finally:  # finished replies stay, whatever ends the run
         note = f"{len(output.done)} of {len(jobs)} prompts done ({before} by earlier runs), {tokens:,} tokens"
         print(note + (f"; {errors} failed, see the field error of their lines" if errors else ""), file=sys.stderr)
+        output.close()

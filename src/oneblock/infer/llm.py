@@ -13,29 +13,14 @@ import torch
 from oneblock import store
 from oneblock.config import check_range
 from oneblock.errors import OneblockError
+from oneblock.infer import generate as decoding
+from oneblock.infer import options as opts
 from oneblock.infer.extend_context import ScalingMethod, extend_context
-from oneblock.infer.generate import (
-    FORWARD_LOCK,
-    Request,
-    Sequences,
-    TokenOutput,
-    check_request,
-    generate_tokens,
-    remaining_tokens,
-    start_reply,
-)
-from oneblock.infer.options import (
-    DEFAULT_MAX_TOKENS,
-    NUM_SPECULATIVE_TOKENS,
-    OPTIONS,
-    Options,
-    StructuredOutputOptions,
-    build_sampling_params,
-    derive_seeds,
-)
+from oneblock.infer.generate import Request, Sequences, TokenOutput
+from oneblock.infer.options import OPTIONS, Options, StructuredOutputOptions
 from oneblock.infer.prepare import prepare_for_inference
 from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
-from oneblock.infer.speculate import SpeculativeDecoder, SpeculativeStats, build_drafter, check_vocabularies
+from oneblock.infer.speculate import SpeculativeDecoder, SpeculativeStats
 from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput
 from oneblock.kernels.build import has_compiler
@@ -141,11 +126,16 @@ class LLM:
 
         The output distribution is unchanged. 0 switches it off. OneblockError where the vocabularies differ.
         """
-        check_range("num_speculative_tokens", num_speculative_tokens, NUM_SPECULATIVE_TOKENS, int)
+        check_range("num_speculative_tokens", num_speculative_tokens, opts.NUM_SPECULATIVE_TOKENS, int)
         if draft_model is not None:
             if not isinstance(draft_model, LLM):
                 raise OneblockError(f"draft_model is {draft_model!r}, but it must be an LLM: give load(path)")
-            check_vocabularies(self.model, draft_model.model)
+            vocab, draft_vocab = self.spec.vocab, draft_model.spec.vocab
+            if vocab != draft_vocab:
+                raise OneblockError(
+                    f"the draft model's vocabulary has {draft_vocab} tokens and the model's {vocab}: "
+                    f"use a draft model with the same tokenizer"
+                )
         self.num_speculative_tokens, self.draft_model = num_speculative_tokens, draft_model
         self.speculative_stats = SpeculativeStats()
 
@@ -183,7 +173,7 @@ class LLM:
         if detokenizer is not None:
             for id in prompt[-DETOKENIZER_CONTEXT:]:
                 detokenizer.push(id)
-        return start_reply(self.spec, prompt, request, detokenizer)
+        return decoding.start_reply(self.spec, prompt, request, detokenizer)
 
     # ------------------------------------------------------------------ options
 
@@ -204,11 +194,11 @@ class LLM:
         if not isinstance(ignore_eos, bool):
             raise OneblockError(f"ignore_eos is {ignore_eos!r}, but it must be true or false")
         return Request(
-            sampling=build_sampling_params(options, self.generation_config),
-            max_tokens=options.get("max_tokens", DEFAULT_MAX_TOKENS),
+            sampling=opts.build_sampling_params(options, self.generation_config),
+            max_tokens=options.get("max_tokens", opts.DEFAULT_MAX_TOKENS),
             stop_ids=frozenset(stop_ids) | (frozenset() if ignore_eos else self.eos_ids),
             stop=tuple(stop),
-            seeds=derive_seeds(options.get("seed"), batch),
+            seeds=opts.derive_seeds(options.get("seed"), batch),
             top_logprobs=options.get("top_logprobs", 0),
             grammar=self._compile_grammar(options),
         )
@@ -288,9 +278,9 @@ class LLM:
 
     def allocate_sequences(self, prompts: Sequence[list[int]], request: Request) -> Sequences:
         """A checked batch with an empty KV cache for prompts and replies."""
-        check_request(self.spec, prompts, request)
+        decoding.check_request(self.spec, prompts, request)
         longest = max(map(len, prompts), default=0)
-        new = max((remaining_tokens(self.spec, p, request.max_tokens) for p in prompts), default=0)
+        new = max((decoding.remaining_tokens(self.spec, p, request.max_tokens) for p in prompts), default=0)
         compiled = self.prepare_decoding(new, sum(map(len, prompts)))
         return Sequences(self.model, prompts, longest + new, compiled, self.kv_cache_dtype == "int8")
 
@@ -298,10 +288,10 @@ class LLM:
         """Decode a batch; a batch of one with speculative decoding and the prompt cache where these are on."""
         replies = [self.start_reply(row, request) for row in sequences.rows]
         if len(replies) > 1 or not self.num_speculative_tokens:
-            outputs = generate_tokens(sequences, request, replies)
+            outputs = decoding.generate_tokens(sequences, request, replies)
         else:
-            drafter = build_drafter(None if self.draft_model is None else self.draft_model.model, request)
-            decoder = SpeculativeDecoder(sequences, request, replies[0], drafter, self.speculative_stats)
+            draft_model = None if self.draft_model is None else self.draft_model.model
+            decoder = SpeculativeDecoder(sequences, request, replies[0], draft_model, self.speculative_stats)
             outputs = decoder.generate_tokens(self.num_speculative_tokens)
         if len(replies) > 1 or self.prompt_cache is None:
             return outputs
@@ -320,7 +310,7 @@ class LLM:
 
     def prepare_decoding(self, new_tokens: int, prompt_tokens: int = 0) -> CompiledStep | None:
         """Move weights to huge pages and compile the decode step, where the tokens to come repay it."""
-        with FORWARD_LOCK:
+        with decoding.FORWARD_LOCK:
             self._tokens_seen += new_tokens + prompt_tokens / PROMPT_TOKENS
             if self._tokens_seen >= BREAK_EVEN_TOKENS and not self._in_huge_pages:
                 move_to_huge_pages(self.model)

@@ -17,16 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from oneblock.errors import OneblockError
-from oneblock.infer.generate import (
-    Request,
-    Sequences,
-    TokenOutput,
-    allowed_tokens,
-    build_token_outputs,
-    check_logits,
-    context_limit,
-)
+from oneblock.infer import generate as decoding
+from oneblock.infer.generate import Request, Sequences, TokenOutput
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import TokenCounts, compute_probabilities, draw_tokens, process_logits
 from oneblock.infer.stop import Reply
@@ -90,7 +82,7 @@ class ModelDrafter:
         self.generator = torch.Generator().manual_seed(seed)
 
     def propose(self, sequence: Sequence[int], n: int) -> DraftTokens:
-        limit = context_limit(self.model.spec)
+        limit = decoding.context_limit(self.model.spec)
         n = n if limit is None else max(min(n, limit - len(sequence)), 0)
         if self.sequences is None:
             self.sequences = Sequences(self.model, [sequence], len(sequence) + n)
@@ -104,22 +96,6 @@ class ModelDrafter:
             ids.append(id)
             probabilities.append(q)
         return DraftTokens(ids, torch.stack(probabilities) if probabilities else None)
-
-
-def build_drafter(draft_model: Decoder | None, request: Request) -> Drafter:
-    """A drafter for one request: the draft model, or n-grams of the sequence without one."""
-    if draft_model is None:
-        return NgramDrafter()
-    seed = request.seeds[0] if request.seeds else 0
-    return ModelDrafter(draft_model, request.sampling, (seed + 1) % 2**63)  # independent of the target's draws
-
-
-def check_vocabularies(model: Decoder, draft_model: Decoder) -> None:
-    if model.spec.vocab != draft_model.spec.vocab:
-        raise OneblockError(
-            f"the draft model's vocabulary has {draft_model.spec.vocab} tokens and the model's {model.spec.vocab}: "
-            f"use a draft model with the same tokenizer"
-        )
 
 
 # ------------------------------------------------------------------ verification
@@ -154,9 +130,15 @@ def rejection_sample(p: Tensor, id: int, q: Tensor | None, generator: torch.Gene
 class SpeculativeDecoder:
     """One sequence, its reply, its drafter and its sampling state."""
 
-    def __init__(self, sequences: Sequences, request: Request, reply: Reply, drafter: Drafter, stats: SpeculativeStats):
-        self.sequences, self.request, self.reply, self.drafter = sequences, request, reply, drafter
-        self.stats, model = stats, sequences.model
+    def __init__(
+        self, sequences: Sequences, request: Request, reply: Reply, draft_model: Decoder | None, stats: SpeculativeStats
+    ):
+        """Without a draft model the drafts are n-grams of the sequence."""
+        self.sequences, self.request, self.reply, self.stats = sequences, request, reply, stats
+        model, draft_seed = sequences.model, ((request.seeds or (0,))[0] + 1) % 2**63  # independent of the own draws
+        self.drafter: Drafter = NgramDrafter()
+        if draft_model is not None:
+            self.drafter = ModelDrafter(draft_model, request.sampling, draft_seed)
         needs_counts = request.sampling.needs_counts
         self.counts = TokenCounts(sequences.rows, model.spec.vocab, model.device) if needs_counts else None
         self.generator = torch.Generator().manual_seed(request.seeds[0] if request.seeds else secrets.randbits(63))
@@ -175,12 +157,12 @@ class SpeculativeDecoder:
         sequences, [row] = self.sequences, self.sequences.rows
         can_reject = n > 0 and sequences.cache.can_rewind(len(row) + n)
         draft = self.drafter.propose(row, n) if can_reject else DraftTokens([])
-        logits = check_logits(sequences.score_draft_tokens(draft.ids))
+        logits = decoding.check_logits(sequences.score_draft_tokens(draft.ids))
         outputs: list[TokenOutput] = []
         for i in range(len(draft.ids) + 1):
             id, accepted = self.sample_position(logits[i], draft, i)
             ids = torch.tensor([id], device=logits.device)
-            [output] = build_token_outputs(logits[i : i + 1], ids, self.request.top_logprobs)
+            [output] = decoding.build_token_outputs(logits[i : i + 1], ids, self.request.top_logprobs)
             sequences.append_tokens([id])
             text = self.reply.push(id)
             outputs.append(replace(output, text=text, finish_reason=self.reply.finish_reason))
@@ -193,7 +175,9 @@ class SpeculativeDecoder:
 
     def sample_position(self, logits: Tensor, draft: DraftTokens, i: int) -> tuple[int, bool]:
         """The token after i draft tokens, and whether it is the next draft token."""
-        p = compute_target_distribution(logits, self.request.sampling, self.counts, allowed_tokens([self.reply]))
+        p = compute_target_distribution(
+            logits, self.request.sampling, self.counts, decoding.allowed_tokens([self.reply])
+        )
         if i == len(draft.ids):
             id, accepted = draw_token(p, self.generator), False
         else:

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from oneblock import spec as s
 from oneblock.kernels.build import can_use_kernels, use_kernel
 from oneblock.kernels.fast_model import use_fast_kernels
-from oneblock.kernels.linear import (
-    MAX_ROWS,
-    SkinnyGemmLinear,
-    fused_linear,
-    is_unmodified,
-    kernel_args,
-)
+from oneblock.kernels.linear import MAX_ROWS, SkinnyGemmLinear, fused_linear, is_unmodified, kernel_args
 from oneblock.kernels.substitution import as_subclass, replace_module
 from oneblock.model import Decoder
 from oneblock.model.attention import Attention

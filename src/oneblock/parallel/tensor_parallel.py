@@ -34,7 +34,6 @@ from oneblock.quant.modules import QuantizedExperts
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh  # slow to import: training only
 
-COLUMN_PARALLEL = ("wq", "wk", "wv", "gate", "up")
 ROW_PARALLEL = ("wo", "down")
 MOST_SUGGESTED = 64  # the largest tp that an error suggests
 

@@ -29,8 +29,3 @@ def kv_bytes(spec: Spec, context: int, itemsize: float = 2, image: int = 0) -> i
 def kv_bytes_per_token(spec: Spec, itemsize: float = 2) -> int:
     """KV cache that one token adds while no sliding window is full."""
     return kv_bytes(spec, 1, itemsize)
-
-
-def kv_bytes_growth(spec: Spec, context: int, itemsize: float = 2) -> int:
-    """KV cache that the token after `context` tokens adds: full layers only, once the windows are full."""
-    return kv_bytes(spec, context + 1, itemsize) - kv_bytes(spec, context, itemsize)

@@ -28,13 +28,7 @@ def sdpa(
 
 
 def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spec: s.Attention,
-    dropout: float,
-    mask: Tensor | None,
-    causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, spec: s.Attention, dropout: float, mask: Tensor | None, causal: bool = False
 ) -> Tensor:
     scale, groups = spec.scale or spec.head_dim**-0.5, q.shape[1] // k.shape[1]
     if q.shape[2] == 1 and groups > 1 and not causal:

@@ -11,20 +11,12 @@ from torch import Tensor
 
 from oneblock.errors import OneblockError
 from oneblock.spec import Spec
+from oneblock.store import load as loading
 from oneblock.store.config import family_of
 from oneblock.store.gguf.architectures import FREQS, LONG, SHORT, map_gguf_tensors
 from oneblock.store.gguf.config import read_architecture, read_config
 from oneblock.store.gguf.header import Header, read_header
 from oneblock.store.gguf.tokenizer import eos_ids, read_tokenizer
-from oneblock.store.load import (
-    Checkpoint,
-    build_on_meta,
-    check_device,
-    check_tensors,
-    choose_dtype,
-    fill_model,
-    parameter_shapes,
-)
 from oneblock.store.name_tables import Shape
 from oneblock.store.tensors import DOWNLOAD_AGAIN, TensorReader
 from oneblock.text import Tokenizer
@@ -36,28 +28,29 @@ CODES = ("F32", "F16", "BF16", *BLOCK_CODES)
 
 def load_gguf(
     path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[Checkpoint, Tokenizer | None]:
+) -> tuple[loading.Checkpoint, Tokenizer | None]:
     """Load the model of a file, its weights in `dtype`, and its tokenizer if it has one.
 
     None: the dtype of most weights; block-quantized ones count as bfloat16. Tensors are memory-mapped when layouts
     match, otherwise copied in chunks. OneblockError if the file is not a complete, undamaged model.
     """
-    path, on = Path(path), check_device(device)
+    path, on = Path(path), loading.check_device(device)
     header = read_header(path)
     try:
         if header.metadata.get("split.count", 1) not in (0, 1):
             raise OneblockError("is one of several parts; join them first (llama-gguf-split --merge)")
         spec, config = _read_spec(header)
-        model = build_on_meta(spec)
+        model = loading.build_on_meta(spec)
         arch = read_architecture(header.metadata)
-        disk_tensors = map_gguf_tensors(arch, family_of(config), spec, parameter_shapes(model))
+        disk_tensors = map_gguf_tensors(arch, family_of(config), spec, loading.parameter_shapes(model))
         tokenizer = read_tokenizer(header.metadata, spec.vocab)
     except OneblockError as error:
         raise OneblockError(f"{path}: {error}") from error
-    check_tensors(path, disk_tensors, header.tensors, CODES, lambda name: name.endswith(IGNORED))
-    fill_model(model, disk_tensors, header.tensors, choose_dtype(dtype, disk_tensors, header.tensors), on)
+    loading.check_tensors(path, disk_tensors, header.tensors, CODES, lambda name: name.endswith(IGNORED))
+    target = loading.choose_dtype(dtype, disk_tensors, header.tensors)
+    loading.fill_model(model, disk_tensors, header.tensors, target, on)
     config |= {"bos_token_id": tokenizer.bos_id if tokenizer else None, "eos_token_id": eos_ids(header.metadata)}
-    return Checkpoint(model, spec, config), tokenizer
+    return loading.Checkpoint(model, spec, config), tokenizer
 
 
 def _read_spec(header: Header) -> tuple[Spec, dict[str, Any]]:

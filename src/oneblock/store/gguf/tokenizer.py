@@ -12,19 +12,9 @@ from tokenizers import Tokenizer as Backend
 from oneblock.errors import OneblockError
 from oneblock.store.gguf.metadata import shorten
 from oneblock.text import Tokenizer
+from oneblock.text import sentencepiece as sp
 from oneblock.text.bytepairs import CL100K, LLAMA3, O200K, QWEN2
 from oneblock.text.formats import apply_config, special_names
-from oneblock.text.sentencepiece import (
-    BPE,
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    build_sentencepiece,
-)
-from oneblock.text.sentencepiece import Model as SentencePiece
 
 Values = Mapping[str, Any]
 GGML = "tokenizer.ggml."
@@ -34,7 +24,7 @@ SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # unless the file says other
 EOS_ROLES = ("eos", "eot", "eom")
 NONE = (None, "none", "no_vocab")
 MAX_TOKEN = 1024  # letters: merges are found by trying every split of a token
-KINDS = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+KINDS = (sp.NORMAL, sp.UNKNOWN, sp.CONTROL, sp.USER_DEFINED, sp.UNUSED, sp.BYTE)
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
 
@@ -99,12 +89,12 @@ def _read_tokens(metadata: Values, rows: int) -> tuple[list[str], list[int]]:
         raise OneblockError(f"has {count} tokens for an embedding of {rows} rows; download it again")
     if max(map(len, tokens)) > MAX_TOKEN:
         raise OneblockError(f"has a token of more than {MAX_TOKEN} letters; download it again")
-    kinds = _read_numbers(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
+    kinds = _read_numbers(metadata, "token_type", len(tokens)) or [sp.NORMAL] * len(tokens)
     if not set(kinds) <= {0, *KINDS}:
         raise OneblockError(f"has tokens of the unknown kind {max(kinds)}; download it again")
-    while kinds[-1] == UNUSED and len(kinds) > 1:  # padding of the embedding
+    while kinds[-1] == sp.UNUSED and len(kinds) > 1:  # padding of the embedding
         kinds.pop()
-    return tokens[: len(kinds)], [int(kind) or NORMAL for kind in kinds]
+    return tokens[: len(kinds)], [int(kind) or sp.NORMAL for kind in kinds]
 
 
 def _read_numbers(metadata: Values, key: str, count: int) -> list[Any]:
@@ -133,14 +123,14 @@ def _read_config(metadata: Values, tokens: list[str]) -> dict[str, Any]:
 def _build_sentencepiece(metadata: Values, tokens: list[str], kinds: list[int], config: dict[str, Any]) -> Backend:
     scores = _read_numbers(metadata, "scores", len(metadata[GGML + "tokens"]))[: len(tokens)] or [0.0] * len(tokens)
     unk = metadata.get(GGML + "unknown_token_id")
-    model = SentencePiece(
+    model = sp.Model(
         pieces=list(zip(tokens, scores, kinds, strict=True)),
-        kind=BPE,
+        kind=sp.BPE,
         unk_id=unk if type(unk) is int else 0,
         add_prefix=bool(metadata.get(GGML + "add_space_prefix", True)),
         squeeze=bool(metadata.get(GGML + "remove_extra_whitespaces")),
     )
-    return build_sentencepiece(model, special_names(config))
+    return sp.build_sentencepiece(model, special_names(config))
 
 
 def _build_bpe(metadata: Values, tokens: list[str], kinds: list[int]) -> Backend:
@@ -150,20 +140,18 @@ def _build_bpe(metadata: Values, tokens: list[str], kinds: list[int]) -> Backend
     if pre is None:
         known = ", ".join(sorted([*PRE_TOKENIZERS, *ALIASES]))
         raise OneblockError(f"pre-tokenizer {shorten(name)} is not supported; supported are {known}")
-    vocab = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+    vocab = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != sp.UNUSED}
     merges = [_split_merge(merge) for merge in metadata.get(GGML + "merges") or []]
     backend = Backend(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
     backend.normalizer = normalizers.NFC() if pre.nfc else None
-    backend.pre_tokenizer = build_pre_tokenizer(pre)
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
-    added = [(text, kind) for text, kind in zip(tokens, kinds, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
-    backend.add_tokens([AddedToken(text, normalized=False, special=kind != USER_DEFINED) for text, kind in added])
+    added_kinds = (sp.CONTROL, sp.UNKNOWN, sp.USER_DEFINED)
+    added = [(text, kind) for text, kind in zip(tokens, kinds, strict=True) if kind in added_kinds]
+    backend.add_tokens([AddedToken(text, normalized=False, special=kind != sp.USER_DEFINED) for text, kind in added])
     return backend
-
-
-def build_pre_tokenizer(pre: PreTokenizer) -> Any:
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _split_merge(merge: Any) -> tuple[str, str]:

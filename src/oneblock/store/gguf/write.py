@@ -7,17 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
-from gguf import (
-    GGML_QUANT_SIZES,
-    GGML_QUANT_VERSION,
-    GGMLQuantizationType,
-    GGUFValueType,
-    GGUFWriter,
-    LlamaFileType,
-    quants,
-)
 from torch import Tensor
 
 from oneblock.errors import OneblockError
@@ -27,16 +19,17 @@ from oneblock.store.gguf.architectures import map_gguf_tensors
 from oneblock.store.gguf.config import write_metadata
 from oneblock.store.gguf.vocabulary import write_tokenizer
 from oneblock.store.load import Checkpoint, parameter_shapes
+from oneblock.store.name_tables import Shape
 from oneblock.store.tensors import CODES, DTYPES, stored_chunks
 from oneblock.text import Tokenizer
 
-FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16}
-FILE_TYPES |= {"Q8_0": LlamaFileType.MOSTLY_Q8_0, "Q4_0": LlamaFileType.MOSTLY_Q4_0}
+FILE_TYPES = {"F32": gguf.LlamaFileType.ALL_F32}
+FILE_TYPES |= {code: gguf.LlamaFileType[f"MOSTLY_{code}"] for code in ("F16", "BF16", "Q8_0", "Q4_0")}
 TYPES = {code.lower(): code for code in FILE_TYPES}
 VOCABULARY = ("token_embd.weight", "output.weight")
 FP16_MAX = 65504.0
-VALUE_TYPES = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
-VALUE_TYPES |= {str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
+VALUE_TYPES = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+VALUE_TYPES |= {str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY}
 
 
 def save_gguf(
@@ -58,14 +51,14 @@ def save_gguf(
     arch, family, metadata, rope_divisors = write_metadata(model.spec, config.get("model_type"))
     disk_tensors = map_gguf_tensors(arch, family, model.spec, parameter_shapes(model))
     metadata |= {"general.name": name or path.stem, "general.type": "model", "general.file_type": int(FILE_TYPES[code])}
-    metadata |= {"general.quantization_version": GGML_QUANT_VERSION}
+    metadata |= {"general.quantization_version": gguf.GGML_QUANT_VERSION}
     metadata |= write_tokenizer(tokenizer, model.spec.vocab)
     parameters = dict(model.named_parameters())
     shapes = {name: disk.shape for name, disk in disk_tensors.items()}
     shapes |= {name: tuple(divisors.shape) for name, divisors in rope_divisors.items()}
     codes = {name: choose_tensor_code(name, shape, code) for name, shape in shapes.items()}
     with replace_file(path) as new:
-        writer = GGUFWriter(new, arch)
+        writer = gguf.GGUFWriter(new, arch)
         try:
             _write_header(writer, metadata, shapes, codes)
             for name, disk in disk_tensors.items():
@@ -91,28 +84,25 @@ def choose_tensor_code(name: str, shape: tuple[int, ...], file_code: str) -> str
         return "F32"
     if file_code == "Q4_0" and name in VOCABULARY:  # a tenth of the file, and most of the loss
         file_code = "Q8_0"
-    return file_code if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[file_code]][0] == 0 else "F16"
+    return file_code if shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[file_code]][0] == 0 else "F16"
 
 
 def _write_header(
-    writer: GGUFWriter,
-    metadata: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    codes: Mapping[str, str],
+    writer: gguf.GGUFWriter, metadata: Mapping[str, Any], shapes: Mapping[str, Shape], codes: Mapping[str, str]
 ) -> None:
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer adds it
             writer.add_key_value(key, value, VALUE_TYPES[type(value)])
     for name, shape in shapes.items():
-        kind = GGMLQuantizationType[codes[name]]
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        kind = gguf.GGMLQuantizationType[codes[name]]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * block_bytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
 
-def _write_tensor(writer: GGUFWriter, name: str, code: str, chunks: Iterable[Tensor]) -> None:
+def _write_tensor(writer: gguf.GGUFWriter, name: str, code: str, chunks: Iterable[Tensor]) -> None:
     assert writer.fout is not None
     file = writer.fout[0]
     writer.write_padding(file, file.tell())  # tensors start at multiples of the alignment
@@ -130,4 +120,4 @@ def _encode(name: str, values: Tensor, code: str) -> np.ndarray:
     if code in DTYPES:
         return values.to(DTYPES[code]).contiguous().view(-1).view(torch.uint8).numpy()
     with np.errstate(all="ignore"):
-        return quants.quantize(values.reshape(1, -1).numpy(), GGMLQuantizationType[code])
+        return gguf.quants.quantize(values.reshape(1, -1).numpy(), gguf.GGMLQuantizationType[code])
