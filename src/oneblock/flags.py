@@ -22,19 +22,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from oneblock.config import (
-    FLAG_ALIASES,
-    VALUE_ALIASES,
-    Range,
-    check_ranges,
-    hints,
-    is_annotated,
-    load_toml,
-    nearest,
-    plain,
-    range_of,
-    read_toml,
-)
+from oneblock import config
+from oneblock.config import Range, check_ranges, hints, is_annotated, nearest, plain, range_of
 from oneblock.errors import OneblockError
 
 T = TypeVar("T")
@@ -144,7 +133,7 @@ def normalize(cls: type, argv: Sequence[str], prog: str) -> list[str]:
             continue
         name, equals, value = token.partition("=")
         name = name.replace("_", "-")
-        if name not in known and (alias := "--" + FLAG_ALIASES.get(name[2:], "")) in known:
+        if name not in known and (alias := "--" + config.FLAG_ALIASES.get(name[2:], "")) in known:
             name = alias
         if name not in known:
             raise refuse(prog, f"unknown flag {name}{nearest(name, [*known, '--help'])}")
@@ -168,7 +157,7 @@ def switch(name: str, value: str, prog: str) -> str:
 def normalize_value(flag: Flag, value: str) -> str:
     """`bf16` as `bfloat16` for a dtype, `8k` as `8192` for a number of tokens in `context`."""
     if flag.name.endswith("dtype"):
-        return VALUE_ALIASES.get(value.lower(), value)
+        return config.VALUE_ALIASES.get(value.lower(), value)
     size = SUFFIXED.fullmatch(value) if flag.name == "context" else None
     return str(int(size[1]) * KIBI[size[2].lower()]) if size else value
 
@@ -198,7 +187,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, examples: Sequence[str] 
         path = config_path(cls, argv)
         call = partial(tyro.cli, cls, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,))
         with redirect_stderr(errors):
-            options = call() if path is None else call(default=load_toml(cls, path))
+            options = call() if path is None else call(default=config.load_toml(cls, path))
         check_ranges(options)
         return options
     except OneblockError as error:
@@ -212,7 +201,7 @@ def typed_fields(cls: type, argv: Sequence[str]) -> set[str]:
     argv = normalize(cls, argv, "")
     typed = {token.partition("=")[0] for token in argv if FLAG.fullmatch(token)}
     names = {flag.name.replace("-", "_") for flag in list_flags(cls) if typed & {*flag.spellings}}
-    tables = [] if (path := config_path(cls, argv)) is None else [read_toml(path)]
+    tables = [] if (path := config_path(cls, argv)) is None else [config.read_toml(path)]
     for table in tables:
         names |= {key for key, value in table.items() if not isinstance(value, dict)}
         tables += [value for value in table.values() if isinstance(value, dict)]

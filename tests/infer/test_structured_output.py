@@ -17,8 +17,13 @@ from oneblock import OneblockError, cli
 from oneblock.infer.llm import LLM
 from oneblock.infer.options import SamplingParams
 from oneblock.infer.sample import sample_tokens
-from oneblock.infer.stop import Ending
-from oneblock.infer.structured_output import CompiledGrammar, GrammarMatcher, GrammarVocabulary, StructuredOutput
+from oneblock.infer.structured_output import (
+    CompiledGrammar,
+    Ending,
+    GrammarMatcher,
+    GrammarVocabulary,
+    StructuredOutput,
+)
 from oneblock.model import Decoder, init_weights
 from oneblock.text import Tokenizer
 from oneblock.text.stream import TokenBytes

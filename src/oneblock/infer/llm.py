@@ -21,7 +21,7 @@ from oneblock.infer.options import OPTIONS, Options, StructuredOutputOptions
 from oneblock.infer.prepare import prepare_for_inference
 from oneblock.infer.prompt_cache import check_prompt_cache_path, load_prompt_cache, save_prompt_cache
 from oneblock.infer.speculate import SpeculativeDecoder, SpeculativeStats
-from oneblock.infer.stop import DETOKENIZER_CONTEXT, FinishReason, Reply
+from oneblock.infer.stop import FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput
 from oneblock.kernels.build import has_compiler
 from oneblock.kernels.huge_pages import BREAK_EVEN_TOKENS, PROMPT_TOKENS, move_to_huge_pages
@@ -34,6 +34,7 @@ from oneblock.store.name_tables import Layout
 from oneblock.store.quantized import load_quantized, stored_quant_config, write_quantized
 from oneblock.store.save import write_model
 from oneblock.text import Tokenizer
+from oneblock.text.stream import DETOKENIZER_CONTEXT
 
 if TYPE_CHECKING:
     from oneblock.kernels.compiled_step import CompiledStep

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
+from oneblock.infer.structured_output import Ending, GrammarMatcher
 from oneblock.text.stream import Detokenizer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 FinishReason = Literal["stop", "length"]
-
-DETOKENIZER_CONTEXT = 8  # prompt tokens that a detokenizer reads first: a reply may begin inside a word
 
 
 class StopStrings:
@@ -52,26 +47,6 @@ def overlap(text: str, stop: str) -> int:
     return 0
 
 
-class Ending(IntEnum):
-    """How a token ends a reply by its grammar."""
-
-    NONE = 0
-    BEFORE_TOKEN = 1  # the token is no part of the text, like an end-of-text token
-    AFTER_TOKEN = 2  # no token can follow
-
-
-class TokenMatcher(Protocol):
-    """The position of a reply in a grammar, as `structured_output.GrammarMatcher` keeps it."""
-
-    def allowed_tokens(self) -> Tensor:
-        """The ids that may come next, bool (V,)."""
-        ...
-
-    def accept_token(self, id: int) -> Ending:
-        """Advance by an allowed token; how it ends the reply."""
-        ...
-
-
 class Reply:
     """The generated tokens of one sequence, their text, the position in a grammar, and the finish reason."""
 
@@ -81,7 +56,7 @@ class Reply:
         limit: int,
         stop_ids: frozenset[int],
         stops: Sequence[str],
-        matcher: TokenMatcher | None = None,
+        matcher: GrammarMatcher | None = None,
     ):
         self.ids: list[int] = []
         self.matcher = matcher

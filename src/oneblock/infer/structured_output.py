@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,9 +24,8 @@ import torch
 from torch import Tensor
 
 from oneblock.errors import OneblockError, missing_extra
-from oneblock.infer.stop import DETOKENIZER_CONTEXT, Ending
 from oneblock.text import Tokenizer
-from oneblock.text.stream import TokenBytes
+from oneblock.text.stream import DETOKENIZER_CONTEXT, TokenBytes
 
 if TYPE_CHECKING:
     import llguidance
@@ -233,6 +233,14 @@ class CompiledGrammar:
             stripped = ()
         ids = sorted(id for id in stop_ids if id < size)
         return GrammarMatcher(self, self._initial.deep_copy(), stripped, ids)
+
+
+class Ending(IntEnum):
+    """How a token ends a reply by its grammar."""
+
+    NONE = 0
+    BEFORE_TOKEN = 1  # the token is no part of the text, like an end-of-text token
+    AFTER_TOKEN = 2  # no token can follow
 
 
 class GrammarMatcher:

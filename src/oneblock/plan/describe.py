@@ -6,20 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from oneblock.spec import (
-    Attention,
-    DynamicNTK,
-    Layer,
-    LinearScaling,
-    Llama3Scaling,
-    LongRope,
-    Mlp,
-    Moe,
-    Norm,
-    Rope,
-    Spec,
-    Yarn,
-)
+from oneblock import spec as s
 
 ACTS = {
     "gelu": "GELU",
@@ -58,7 +45,7 @@ class Change:
         return f"{self.what}: {self.before} -> {self.after}"
 
 
-def diff(a: Spec, b: Spec) -> list[Change]:
+def diff(a: s.Spec, b: s.Spec) -> list[Change]:
     """The differences from `a` to `b`, in the order of a forward pass; empty only where a == b."""
     before, after = describe(a), describe(b)
     changes = [Change(what, before[what], after[what]) for what in before if before[what] != after[what]]
@@ -68,7 +55,7 @@ def diff(a: Spec, b: Spec) -> list[Change]:
     return changes
 
 
-def describe(spec: Spec) -> dict[str, str]:
+def describe(spec: s.Spec) -> dict[str, str]:
     """The architecture, one description per aspect."""
     return {
         "dim": f"{spec.dim:,}",
@@ -83,13 +70,13 @@ def describe(spec: Spec) -> dict[str, str]:
         "attention": by_layer(spec, lambda x: _attention(x.attn)),
         "scores": by_layer(spec, lambda x: _scores(x.attn)),
         "attention biases": by_layer(spec, lambda x: _biases(x.attn)),
-        "MLP": by_layer(spec, lambda x: _mlp(x.mlp) if isinstance(x.mlp, Mlp) else _moe(x.mlp)),
+        "MLP": by_layer(spec, lambda x: _mlp(x.mlp) if isinstance(x.mlp, s.Mlp) else _moe(x.mlp)),
         "final norm": "yes" if spec.final_norm else "none",
         "LM head": _head(spec),
     }
 
 
-def by_layer(spec: Spec, words: Callable[[Layer], str]) -> str:
+def by_layer(spec: s.Spec, words: Callable[[s.Layer], str]) -> str:
     """One phrase if all layers agree, otherwise each phrase with its layers (counted from 1)."""
     phrases = [words(x) for x in spec.layers]
     if len(set(phrases)) <= 1:
@@ -122,13 +109,13 @@ def _number(x: float) -> str:
     return f"{x:,.10g}".replace("e-0", "e-")
 
 
-def _embedding(spec: Spec) -> str:
+def _embedding(spec: s.Spec) -> str:
     scaled = "" if spec.embed_scale == 1 else f", times {spec.embed_scale:.6g}"
     extra = f", {spec.embed_extra} more input rows" if spec.embed_extra else ""
     return f"token embedding{scaled}{extra}"
 
 
-def _positions(spec: Spec) -> str:
+def _positions(spec: s.Spec) -> str:
     rotary = by_layer(spec, lambda x: _rope(x.attn.rope))
     if spec.positions is None:
         return rotary
@@ -137,7 +124,7 @@ def _positions(spec: Spec) -> str:
     return words if rotary == "none" else f"{words} and {rotary}"
 
 
-def _rope(rope: Rope | None) -> str:
+def _rope(rope: s.Rope | None) -> str:
     if rope is None:
         return "none"
     return _list(
@@ -148,31 +135,31 @@ def _rope(rope: Rope | None) -> str:
     )
 
 
-def _scaling(rope: Rope) -> str | None:
+def _scaling(rope: s.Rope) -> str | None:
     match rope.scaling:
         case None:
             return None
-        case LinearScaling(factor):
+        case s.LinearScaling(factor):
             return f"linear scaling by {factor:g}"
-        case DynamicNTK(factor, context):
+        case s.DynamicNTK(factor, context):
             return f"dynamic NTK scaling by {factor:g} past {context:,} tokens"
-        case Llama3Scaling(factor, low, high, context):
+        case s.Llama3Scaling(factor, low, high, context):
             ends = sorted({context / high, context / low})
             return f"llama3 scaling by {factor:g} (wavelengths over {' .. '.join(map(_number, ends))} tokens)"
-        case Yarn():
+        case s.Yarn():
             return _yarn(rope.scaling)
-        case LongRope(short, long, context, gain):
+        case s.LongRope(short, long, context, gain):
             factors = f"{len(short)} short and {len(long)} long factors"
             return f"LongRoPE past {context:,} tokens ({factors}, attention factor {gain:.5g})"
 
 
-def _yarn(y: Yarn) -> str:
+def _yarn(y: s.Yarn) -> str:
     ends = "" if y.truncate else ", not truncated"
     details = f"beta {y.beta_fast:g} .. {y.beta_slow:g}{ends}, attention factor {y.attention_factor:.5g}"
     return f"YaRN by {y.factor:g} past {y.original_context:,} tokens ({details})"
 
 
-def _norm(n: Norm) -> str:
+def _norm(n: s.Norm) -> str:
     return _list(
         f"{'LayerNorm' if n.kind == 'layer' else 'RMSNorm'}{' with bias' if n.bias else ''}",
         f"eps {_number(n.eps)}",
@@ -181,18 +168,18 @@ def _norm(n: Norm) -> str:
     )
 
 
-def _residual(x: Layer) -> str:
+def _residual(x: s.Layer) -> str:
     return RESIDUALS[x.residual] + (", tanh gate on each sublayer" if x.gated else "")
 
 
-def _heads(a: Attention) -> str:
+def _heads(a: s.Attention) -> str:
     if a.n_kv_heads == a.n_heads:
         return f"{a.n_heads} heads of {a.head_dim} (MHA)"
     kind = "1 KV head (MQA)" if a.n_kv_heads == 1 else f"{a.n_kv_heads} KV heads (GQA)"
     return f"{a.n_heads} query heads of {a.head_dim}, {kind}"
 
 
-def _attention(a: Attention) -> str:
+def _attention(a: s.Attention) -> str:
     if a.cross:
         return "cross-attention to image features"
     if a.window is None and a.chunk is None:
@@ -201,7 +188,7 @@ def _attention(a: Attention) -> str:
     return _list(window, f"chunks of {a.chunk:,}" if a.chunk else None)
 
 
-def _scores(a: Attention) -> str:
+def _scores(a: s.Attention) -> str:
     norms = {"head": "QK norm per head", "full": "QK norm over all heads", "l2": "QK L2 norm after RoPE"}
     return _list(
         norms.get(a.qk_norm or ""),
@@ -215,7 +202,7 @@ def _scores(a: Attention) -> str:
     )
 
 
-def _biases(a: Attention) -> str:
+def _biases(a: s.Attention) -> str:
     return {
         (False, False): "none",
         (True, False): "on q, k, v",
@@ -224,7 +211,7 @@ def _biases(a: Attention) -> str:
     }[a.bias]
 
 
-def _mlp(m: Mlp) -> str:
+def _mlp(m: s.Mlp) -> str:
     if m.gated:
         kind = GATED.get(m.act, f"gated by {ACTS.get(m.act, m.act)}") + f" of {m.hidden_dim:,}"
     else:
@@ -237,7 +224,7 @@ def _mlp(m: Mlp) -> str:
     )
 
 
-def _moe(m: Moe) -> str:
+def _moe(m: s.Moe) -> str:
     gate = " with a gate" if m.shared_gate else ""
     return _list(
         f"{m.top_k} of {m.n_experts} experts ({_mlp(m.expert)})",
@@ -248,7 +235,7 @@ def _moe(m: Moe) -> str:
     )
 
 
-def _head(spec: Spec) -> str:
+def _head(spec: s.Spec) -> str:
     return _list(
         "tied to the embedding" if spec.tied else "untied",
         "with bias" if spec.head_bias else None,

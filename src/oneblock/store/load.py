@@ -17,28 +17,11 @@ from oneblock.errors import OneblockError
 from oneblock.kernels.substitution import set_tensor
 from oneblock.model import Decoder
 from oneblock.spec import Spec
+from oneblock.store import name_tables
+from oneblock.store import tensors as stored
 from oneblock.store.config import family_of, read_config, read_json
-from oneblock.store.name_tables import (
-    WRAPPER_PREFIXES,
-    DiskTensor,
-    DiskTensors,
-    Family,
-    Layout,
-    is_ignored,
-    map_tensors,
-    naming_schemes,
-)
-from oneblock.store.tensors import (
-    CODES,
-    DOWNLOAD_AGAIN,
-    DTYPES,
-    FileMaps,
-    TensorInfo,
-    TensorReader,
-    copy_in,
-    is_mappable,
-    read_header,
-)
+from oneblock.store.name_tables import DiskTensor, DiskTensors, Family, Layout, is_ignored
+from oneblock.store.tensors import CODES, DOWNLOAD_AGAIN, DTYPES, TensorInfo, TensorReader, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -171,10 +154,10 @@ class Match:
 def _match_names(family: Family, spec: Spec, model: Decoder, infos: Infos) -> Match:
     """The family's naming scheme that leaves the fewest tensors missing."""
     shapes = parameter_shapes(model)
-    tables = [map_tensors(table, spec, shapes) for table in family.tables]
+    tables = [name_tables.map_tensors(table, spec, shapes) for table in family.tables]
     best: Match | None = None
     fewest = len(shapes) * 1000
-    for table, prefix, rename in naming_schemes(family):
+    for table, prefix, rename in name_tables.naming_schemes(family):
         known = tables[table]
         if known is None:
             continue
@@ -182,7 +165,8 @@ def _match_names(family: Family, spec: Spec, model: Decoder, infos: Infos) -> Ma
         missing = len(renamed.keys() - infos.keys())
         if missing < fewest:
             head = rename(head_name(family))
-            saved_prefix = None if prefix in WRAPPER_PREFIXES else prefix  # the text model of an image-text model
+            is_text_model = prefix in name_tables.WRAPPER_PREFIXES  # of an image-text model
+            saved_prefix = None if is_text_model else prefix
             layout = Layout(family.model_types[0], table, saved_prefix, stored_head=spec.tied and head in infos)
             best, fewest = Match(renamed, layout, head), missing
     assert best is not None, f"no table of {family.model_types[0]} names every parameter"
@@ -282,10 +266,10 @@ def fill_model(
 ) -> None:
     """Give a meta model its weights: memory-mapped if layouts match, otherwise allocated once and copied in chunks."""
     shapes = parameter_shapes(model)
-    maps, tensors = FileMaps(), dict[str, Tensor]()
+    maps, tensors = stored.FileMaps(), dict[str, Tensor]()
     copies: list[tuple[TensorInfo, DiskTensor]] = []
     for name, disk in sorted(disk_tensors.items(), key=lambda item: (str(infos[item[0]].path), infos[item[0]].start)):
-        if is_mappable(infos[name], disk, dtype, device):
+        if stored.is_mappable(infos[name], disk, dtype, device):
             tensors |= maps.parts(infos[name], disk)
         else:
             copies.append((infos[name], disk))
@@ -304,6 +288,7 @@ def _copy_all(copies: list[tuple[TensorInfo, DiskTensor]], tensors: dict[str, Te
     workers = ThreadPoolExecutor(min(WORKERS, before), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with workers:
-            list(workers.map(lambda copy: copy_in(copy[0], copy[1], tensors), copies))  # raises what a thread raised
+            # the list raises what a thread raised
+            list(workers.map(lambda copy: stored.copy_in(copy[0], copy[1], tensors), copies))
     finally:
         torch.set_num_threads(before)  # part of the setting is global to the process

@@ -17,6 +17,7 @@ from oneblock.text.sentencepiece import SPACE
 
 BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+DETOKENIZER_CONTEXT = 8  # prompt tokens that a detokenizer reads first: a reply may begin inside a word
 WINDOW = 8  # previous ids given to a decoder that needs context
 
 
