@@ -25,7 +25,7 @@ from oneblock.train.options import Loop, Train
 from oneblock.train.prepare import Job
 from oneblock.units import format_bytes, format_count, format_duration, format_scaled
 
-EXPECTED_MFU = 0.4  # of the measured peak
+EXPECTED_MFU = 0.4  # share of the measured peak, recomputed FLOPs included
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Estimate:
         return (
             f"memory  about {format_bytes(self.memory.total)} of {format_bytes(self.available)}{each}: "
             f"{states} for weights, gradients and optimizer state; {kind} matmuls\n"
-            f"time    {duration} for {format_count(run.tokens)} tokens at {EXPECTED_MFU:.0%} MFU of {peak} measured\n"
+            f"time    {duration} for {format_count(run.tokens)} tokens at {EXPECTED_MFU:.0%} of the measured {peak}\n"
             f"disk    about {format_bytes(self.disk)} of {format_bytes(self.free)}, "
             f"{format_bytes(self.checkpoint)} per checkpoint\n"
             f"cost    {cost}"
