@@ -37,7 +37,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 REASONS = ("needs a network", "needs a GPU", "needs torchrun", "needs an external program")
 
-# Flags appended to a page's command so that it takes seconds: {start of the command: flags}.
+# Flags appended to a command so that it takes seconds: {words that the command has: flags}; the first match counts.
 SMALL = {
     "train --resume": "",
     "train --config": "--steps 3",
@@ -173,8 +173,7 @@ def write_small_model(folder: Path, text: Path, layers: int) -> None:
 
 def shorten(argv: list[str]) -> list[str]:
     """The arguments with the flags of SMALL, and file patterns expanded."""
-    line = " ".join(argv)
-    extra = next((small for start, small in SMALL.items() if line.startswith(start)), "")
+    extra = next((small for words, small in SMALL.items() if set(words.split()) <= set(argv)), "")
     files = [sorted(glob.glob(word)) if "*" in word else [word] for word in argv]
     return [word for words in files for word in words] + extra.split()
 
