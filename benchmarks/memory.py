@@ -21,7 +21,7 @@ from oneblock.model import Decoder, init_weights
 from oneblock.plan import memory, params
 from oneblock.spec import Spec, get_spec
 from oneblock.train.machine import peak_memory, product_dtype
-from oneblock.train.options import Loop, Objective, Optimizer, Schedule
+from oneblock.train.options import Loop, Optimizer, Schedule
 from oneblock.train.preflight import parallelism_of
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def train_peak(case: Case, device: torch.device) -> tuple[int, int]:
 def steps(case: Case, device: torch.device, world: World) -> None:
     from oneblock.data.packed import Batch
     from oneblock.parallel import parallelize as parallel
-    from oneblock.train.build import learner_for
-    from oneblock.train.loop import TrainStep, start
+    from oneblock.train.build import transform_model
+    from oneblock.train.loop import ModelWithLoss, TrainStep, start
+    from oneblock.train.task import Pretraining
 
     loop, rows = (
         Loop(activation_checkpointing=case.checkpointing, device=str(device), compile="off"),
@@ -103,12 +104,12 @@ def steps(case: Case, device: torch.device, world: World) -> None:
     model = Decoder(case.spec)
     init_weights(model, 0)
     model = model.to(device)
-    model = parallel.parallelize(model, world)
-    state = start(model, Optimizer())
+    model = transform_model(model, loop, world)
     ids = torch.randint(model.spec.vocab, (rows, case.context + 1))
     data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), rows * case.context)
-    learner = parallel.wrap_ddp(learner_for(model, loop, Objective(), None, world), world)
-    engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), world)
+    state = start(model, Optimizer(), Pretraining(lambda n: data))
+    learner = parallel.wrap_ddp(ModelWithLoss(model, state.task), world)
+    engine = TrainStep(learner, loop, Optimizer(), Schedule(), world)
     for _ in range(3):
         engine.update(state)
 

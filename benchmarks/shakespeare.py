@@ -30,14 +30,12 @@ import peers
 from common import Row, Worker, arguments, measure_pairs, pair_row, report, row, seconds, serve
 from oneblock.data.packed import sequential_batches
 from oneblock.kernels.huge_pages import reuse_memory
-from oneblock.parallel.world import World
-from oneblock.train.build import learner_for
+from oneblock.train.build import build_state
 from oneblock.train.loop import Metrics, State, train
-from oneblock.train.losses import evaluate
 from oneblock.train.machine import precision
-from oneblock.train.options import Dropouts, Loop, Objective, Optimizer, Schedule, Sizes, Start, Train
-from oneblock.train.prepare import Job, dropout_of, prepare
-from oneblock.train.trainer import fresh
+from oneblock.train.options import Dropouts, Loop, Optimizer, Schedule, Sizes, Start, Train
+from oneblock.train.prepare import Job, prepare
+from oneblock.train.task import evaluate
 
 GOAL, LARGE_GOAL = 1.88, 1.4697
 DATA = Path(os.environ.get("ONEBLOCK_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -80,8 +78,7 @@ def run_large(options: Train) -> list[Row]:
     if not TEXT.exists():
         return []
     job, began = prepare(options), time.perf_counter()
-    state = fresh(job, options)
-    learner = learner_for(state.model, options.loop, options.objective, dropout_of(options.dropouts), World())
+    state = build_state(job, options)
     assert options.loop.seconds is not None
     losses: list[tuple[float, float]] = []
 
@@ -94,7 +91,7 @@ def run_large(options: Train) -> list[Row]:
             losses.append((loss, (time.perf_counter() - began) / 60))
             print(f"{losses[-1][1]:.1f} minutes, {state.tokens:,} tokens: {loss:.4f}", file=sys.stderr)
 
-    train(state, job.rows(options.loop).batch, learner, options.loop, options.optimizer, options.schedule, observe)
+    train(state, options.loop, options.optimizer, options.schedule, observe)
     loss, minutes = min(losses)
     return [
         row("shakespeare-gpu-loss/nanogpt", loss, LARGE_GOAL, "nats", lower_is_better=True),
@@ -107,10 +104,8 @@ def run_ours(job: Job, options: Train) -> tuple[float, float]:
     torch.compiler.reset() if options.loop.compile == "on" else None
     warm = replace(options.loop, steps=2)
     for loop in (warm, options.loop):  # compiled programs are made for a model's blocks, whichever weights they have
-        state = fresh(job, options)
-        learner = learner_for(state.model, loop, Objective(), None, World())
-        batches, how = job.rows(loop).batch, (loop, options.optimizer, options.schedule)
-        took = seconds(lambda: train(state, batches, learner, *how))  # noqa: B023
+        state = build_state(job, replace(options, loop=loop))
+        took = seconds(lambda: train(state, loop, options.optimizer, options.schedule))  # noqa: B023
     assert job.val is not None
     with torch.compiler.set_stance("force_eager"):
         return took, evaluate(state.model, sequential_batches(job.val, CONTEXT, 64), precision(options.loop))

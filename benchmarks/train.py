@@ -40,16 +40,16 @@ def our_step(
     from oneblock.parallel.world import World
     from oneblock.spec import get_spec
     from oneblock.train.loop import ModelWithLoss, TrainStep, start
-    from oneblock.train.losses import pretraining
     from oneblock.train.options import Loop, Optimizer, Schedule
+    from oneblock.train.task import Pretraining
 
     reuse_memory()
     model = Decoder(get_spec(model_name, **changes))
     init_weights(model, 0)
-    state = start(model, Optimizer())
     ids = torch.randint(model.spec.vocab, (batch, context + 1))
     data = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), batch * context)
-    engine = TrainStep(ModelWithLoss(model, pretraining), lambda n: data, Loop(), Optimizer(), Schedule(), World())
+    state = start(model, Optimizer(), Pretraining(lambda n: data))
+    engine = TrainStep(ModelWithLoss(model, state.task), Loop(), Optimizer(), Schedule(), World())
     return lambda: (engine.update(state), None)[1]
 
 

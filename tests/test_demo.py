@@ -12,10 +12,11 @@ import torch
 from oneblock.cli import main
 from oneblock.demo import SIZE, ThreadChoice, corpus, settings
 from oneblock.infer.llm import load
+from oneblock.train.build import build_state
 from oneblock.train.prepare import prepare
 from oneblock.train.progress import ProgressDisplay
 from oneblock.train.run import new_folder
-from oneblock.train.trainer import Trainer, fresh
+from oneblock.train.trainer import Trainer
 
 
 def test_the_text_is_the_same_every_time() -> None:
@@ -57,7 +58,7 @@ def test_its_settings_learn(tmp_path: Path) -> None:
     options = replace(options, loop=replace(options.loop, steps=40), out=tmp_path / "run")
     losses: list[float] = []
     job = prepare(options)
-    trainer = Trainer(job, options, new_folder(options.out), fresh(job, options), ProgressDisplay(options.loop))
+    trainer = Trainer(job, options, new_folder(options.out), build_state(job, options), ProgressDisplay(options.loop))
     assert trainer.go(lambda state, metrics: losses.append(float(metrics.loss)))
     assert len(losses) == 40
     assert sum(losses[-5:]) / 5 < math.log(1024) - 1.5

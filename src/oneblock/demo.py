@@ -66,15 +66,16 @@ def demo(options: Demo) -> None:
 
 
 def build_trainer(run: Path, text: Path, options: Demo, began: float) -> Trainer:
+    from oneblock.train.build import build_state
     from oneblock.train.commands import summary
     from oneblock.train.prepare import prepare
     from oneblock.train.progress import ProgressDisplay
     from oneblock.train.run import record
-    from oneblock.train.trainer import Trainer, fresh
+    from oneblock.train.trainer import Trainer
 
     plan = settings(text, options.seed)
     job = prepare(plan)
-    state = fresh(job, plan)
+    state = build_state(job, plan)
     left = options.seconds - (time.perf_counter() - began) - RESERVE
     plan = limit_time(plan, max(left, 5.0))
     record(run, plan)
@@ -166,7 +167,7 @@ def finish(trainer: Trainer) -> None:
     from oneblock.train.report import write as write_report
 
     trainer.validate()
-    trainer.picture()
+    trainer.plot()
     torch.set_num_threads(1)
     trainer.show.note("\ncompletions:", "bold")
     completions = [trainer.sample(prompt, 70) for prompt in PROMPTS]

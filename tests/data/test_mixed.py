@@ -23,7 +23,7 @@ from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, init_weights
 from oneblock.spec import get_spec
-from oneblock.train.losses import next_token
+from oneblock.train.task import next_token_loss
 
 TEXT = np.arange(1000, dtype=np.uint16)
 
@@ -140,14 +140,14 @@ def test_packed_documents_equal_separate_documents(family: str) -> None:
     packed = next(sequential_batches(text, 63, 1, documents=True))
     with torch.no_grad():
         logits = model(packed.ids, positions=packed.positions, documents=packed.documents)
-        loss, total = next_token(model, packed), 0.0
+        loss, total = next_token_loss(model, packed), 0.0
         for start, end in zip([0, *ENDS[:-1]], ENDS, strict=True):
             ids = torch.from_numpy(text.gather_rows(np.array([start]), int(end - start)))
             here = slice(int(start), min(int(end), 63))
             torch.testing.assert_close(logits[:, here], model(ids)[:, : here.stop - here.start], atol=1e-5, rtol=1e-5)
             if end - start > 1:
                 alone = Batch(ids[:, :-1], ids[:, 1:], int(end - start) - 1)
-                total += float(next_token(model, alone)) * alone.count
+                total += float(next_token_loss(model, alone)) * alone.count
     assert float(loss) == pytest.approx(total / packed.count, abs=1e-5)
 
 

@@ -12,22 +12,26 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+from tasks import ValueHeadTask
+
 from oneblock.data.batch_shards import deal_batches
 from oneblock.data.loader import BatchLoader
 from oneblock.data.packed import PackedDataset, sequential_batches
 from oneblock.data.tokens import Tokens
 from oneblock.model import Decoder, init_weights
 from oneblock.parallel.mesh import parse_mesh
-from oneblock.parallel.parallelize import parallelize, reshard, wrap_ddp
+from oneblock.parallel.parallelize import parallelize_submodules, reshard
 from oneblock.parallel.world import World
 from oneblock.spec import get_spec
 from oneblock.text.train import byte_level
-from oneblock.train.build import learner_for
-from oneblock.train.checkpoint import Saver, newest, restore, whole
+from oneblock.train.build import transform_model
+from oneblock.train.checkpoint import Saver, full_tensor, newest, restore
+from oneblock.train.load_balancing import Routing
 from oneblock.train.loop import Metrics, State, start, train
-from oneblock.train.losses import evaluate
 from oneblock.train.machine import precision
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
+from oneblock.train.task import Pretraining, evaluate
 
 TEXT = Tokens([np.random.default_rng(0).integers(0, 64, 3000).astype(np.uint16)])
 LOOP = Loop(steps=10, batch_size=8, gradient_accumulation_steps=2, dtype="float32")
@@ -37,25 +41,33 @@ SIZES = {"vocab": 256, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, 
 
 
 def build_state(world: World, family: str, seed: int = 0) -> State:
+    family, _, task = family.partition("+")
     sizes: dict[str, Any] = {key: value for key, value in SIZES.items() if (family, key) != ("gpt2", "n_kv_heads")}
     if family == "mllama":
         sizes["cross"] = (False, True)  # the cross-attention layer is skipped, as without images
     model = Decoder(get_spec(family, **sizes))
     init_weights(model, seed)
-    return start(parallelize(model, world), OPTIMIZER)
+    batches = BatchLoader(PackedDataset(TEXT, 32, LOOP.batch_size, 0), world.data_rank, world.data_ranks)
+    if task == "value":
+        value_task = ValueHeadTask(model, batches, seed)
+        model = transform_model(model, LOOP, world)
+        parallelize_submodules(value_task, world)
+        return start(model, OPTIMIZER, value_task)
+    model = transform_model(model, LOOP, world)
+    objective, has_experts = Objective(load_balancing_weight=0.1), family == "mixtral"
+    routing = Routing(model, objective, world.all_reduce_sum) if has_experts else None
+    return start(model, OPTIMIZER, Pretraining(batches, routing=routing))
 
 
 def run(world: World, family: str) -> tuple[State, list[list[float]]]:
     """Return the state after the last step, and the loss, gradient norm and tokens of every step."""
     state = build_state(world, family)
-    learner = wrap_ddp(learner_for(state.model, LOOP, Objective(load_balancing_weight=0.1), None, world), world)
-    batches = BatchLoader(PackedDataset(TEXT, 32, LOOP.batch_size, 0), world.data_rank, world.data_ranks)
     rows: list[list[float]] = []
 
     def observe(state: State, metrics: Metrics) -> None:
         rows.append([metrics.loss.item(), metrics.grad_norm.item(), metrics.tokens])
 
-    train(state, batches, learner, LOOP, OPTIMIZER, Schedule(warmup=2, schedule="wsd"), observe, world)
+    train(state, LOOP, OPTIMIZER, Schedule(warmup=2, schedule="wsd"), observe, world)
     return state, rows
 
 
@@ -68,7 +80,7 @@ def validation_loss(world: World, state: State) -> float:
 
 
 def full_weights(state: State) -> dict[str, torch.Tensor]:
-    return {name: whole(p, True).contiguous() for name, p in state.model.named_parameters()}
+    return {name: full_tensor(p, True).contiguous() for name, p in state.named_parameters()}
 
 
 def main(folder: Path, schemes: list[list[str]]) -> None:

@@ -29,9 +29,10 @@ from oneblock.train.preflight import check_mesh
 TWO = [["dp=2", "llama"], ["fsdp=2", "gemma3"], ["tp=2", "llama"], ["cp=2", "gemma3"], ["ep=2", "mixtral"]]
 TWO += [["fsdp=2", "mixtral"], ["dp=2", "mixtral"], ["tp=2", "gemma3"], ["tp=2", "gpt2"], ["tp=2", "phi"]]
 TWO += [["pp=2", "llama"], ["pp=2", "gpt2"], ["pp=2", "gemma3"], ["cp=2", "mllama"]]
+TWO += [["dp=2", "llama+value"], ["fsdp=2", "llama+value"], ["tp=2", "llama+value"], ["cp=2", "llama+value"]]
 FOUR = [["dp=4", "gpt2"], ["dp=2 fsdp=2", "llama"], ["dp=2 tp=2", "llama"], ["fsdp=2 tp=2", "llama"]]
 FOUR += [["dp=2 cp=2", "llama"], ["dp=2 ep=2", "mixtral"], ["fsdp=2 cp=2", "llama"], ["cp=2 tp=2", "llama"]]
-FOUR += [["pp=2 dp=2", "llama"], ["pp=2 dp=2", "gpt2"]]
+FOUR += [["pp=2 dp=2", "llama"], ["pp=2 dp=2", "gpt2"], ["fsdp=2 tp=2", "llama+value"]]
 
 
 SCHEMES = pytest.mark.parametrize(("mesh", "family"), TWO + FOUR, ids=lambda x: x)

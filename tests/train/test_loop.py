@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,14 +13,13 @@ from oneblock.data.packed import Batch, PackedDataset, sequential_batches
 from oneblock.errors import OneblockError
 from oneblock.kernels.build import has_compiler
 from oneblock.model import Decoder, Dropout, init_weights
-from oneblock.parallel.world import World
 from oneblock.spec import get_spec
-from oneblock.train.build import compiles, learner_for
+from oneblock.train.build import compiles, transform_model
 from oneblock.train.loop import Metrics, State, start, train
-from oneblock.train.losses import evaluate, next_token
 from oneblock.train.machine import has_bf16, precision
-from oneblock.train.optim import build, decayed_names, lr_ratio, micro_batches_before, micro_batches_in
-from oneblock.train.options import Loop, Objective, Optimizer, Schedule
+from oneblock.train.optim import lr_ratio, micro_batches_before, micro_batches_in
+from oneblock.train.options import Loop, Optimizer, Schedule
+from oneblock.train.task import Batches, Loss, Task, evaluate, next_token_loss
 
 LOOP = Loop(steps=20, batch_size=4, dtype="float32")
 TEXT = np.tile(np.arange(13, dtype=np.uint16), 40)
@@ -32,6 +31,11 @@ def begin(seed: int = 0, **changes: object) -> State:
     return start(model, Optimizer(lr=1e-2))
 
 
+def run_task(state: State, batches: Batches, loss: Loss, *options: Any) -> None:
+    state.task = Task(batches, loss)
+    train(state, *options)
+
+
 def run(state: State, loop: Loop = LOOP, rows: PackedDataset | None = None) -> list[float]:
     rows = rows or PackedDataset(TEXT, 12, loop.batch_size, loop.seed)
     losses: list[float] = []
@@ -39,7 +43,7 @@ def run(state: State, loop: Loop = LOOP, rows: PackedDataset | None = None) -> l
     def observe(state: State, metrics: Metrics) -> None:
         losses.append(float(metrics.loss))
 
-    train(state, rows.batch, next_token, loop, Optimizer(lr=1e-2), Schedule(warmup=5), observe)
+    run_task(state, rows.batch, next_token_loss, loop, Optimizer(lr=1e-2), Schedule(warmup=5), observe)
     return losses
 
 
@@ -70,11 +74,11 @@ def test_dropout_is_applied_and_repeatable() -> None:
     state, rows = begin(), PackedDataset(TEXT, 12, 4, 0)
     batch = rows.batch(0)
     torch.manual_seed(0)
-    a = next_token(state.model, batch, Dropout(residual=0.5))
+    a = next_token_loss(state.model, batch, Dropout(residual=0.5))
     torch.manual_seed(0)
-    b = next_token(state.model, batch, Dropout(residual=0.5))
+    b = next_token_loss(state.model, batch, Dropout(residual=0.5))
     assert a == b
-    assert a != next_token(state.model, batch)
+    assert a != next_token_loss(state.model, batch)
 
 
 def test_ignored_targets_do_not_count() -> None:
@@ -82,7 +86,7 @@ def test_ignored_targets_do_not_count() -> None:
     masked = Batch(batch.ids, batch.targets.clone(), 12)
     masked.targets[0] = -100
     alone = Batch(batch.ids[1:], batch.targets[1:], 12)
-    torch.testing.assert_close(next_token(state.model, masked), next_token(state.model, alone))
+    torch.testing.assert_close(next_token_loss(state.model, masked), next_token_loss(state.model, alone))
 
 
 def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
@@ -97,12 +101,14 @@ def test_the_validation_loss_is_the_mean_over_all_tokens() -> None:
 
 def test_norms_biases_and_embeddings_do_not_decay() -> None:
     untied = Decoder(get_spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, context=16, tied=False))
-    decayed = set(decayed_names(untied))
+    groups = start(untied, Optimizer(weight_decay=0.3)).optimizer.param_groups
+    names = {id(p): name for name, p in untied.named_parameters()}
+    decayed = {names[id(p)] for p in groups[0]["params"]}
     assert {"blocks.0.attn.wq.weight", "blocks.0.mlp.down.weight", "head.weight"} <= decayed
     assert not {n for n in decayed if "norm" in n or n.endswith("bias") or "_in" in n or n.startswith(("embed", "pos"))}
     tied = Decoder(get_spec("gpt2", vocab=16, dim=16, n_layers=1, n_heads=2, tied=True))
-    assert "head.weight" not in decayed_names(tied)
-    groups = build(untied, Optimizer(weight_decay=0.3)).param_groups
+    tied_groups = start(tied, Optimizer()).optimizer.param_groups
+    assert all(p is not tied.head.weight for p in tied_groups[0]["params"])
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert sum(len(g["params"]) for g in groups) == len(list(untied.parameters()))
 
@@ -144,7 +150,7 @@ def test_clipping_bounds_the_step() -> None:
     def observe(state: State, metrics: Metrics) -> None:
         norms.append(float(metrics.grad_norm))
 
-    train(state, rows.batch, next_token, LOOP, Optimizer(lr=1e-2, max_grad_norm=1e-3), Schedule(), observe)
+    run_task(state, rows.batch, next_token_loss, LOOP, Optimizer(lr=1e-2, max_grad_norm=1e-3), Schedule(), observe)
     assert min(norms) > 1e-3  # the norm reported is the one before clipping
     grads = [p.grad for p in state.model.parameters()]
     assert grads == [None] * len(grads)
@@ -163,7 +169,7 @@ def test_asked_to_stop_it_stops_after_the_step() -> None:
     def observe(state: State, metrics: Metrics) -> None:
         state.stop = metrics.step == 3
 
-    train(state, rows.batch, next_token, LOOP, Optimizer(), Schedule(), observe)
+    run_task(state, rows.batch, next_token_loss, LOOP, Optimizer(), Schedule(), observe)
     assert state.step == 3
 
 
@@ -189,7 +195,7 @@ def test_a_ramp_grows_the_step_and_skips_no_batch() -> None:
         return rows.batch(n)
 
     loop = replace(LOOP, batch_size=2, gradient_accumulation_steps=4, steps=6)
-    train(state, batch, next_token, loop, Optimizer(), Schedule(batch_size_warmup_steps=3))
+    run_task(state, batch, next_token_loss, loop, Optimizer(), Schedule(batch_size_warmup_steps=3))
     assert seen == list(range(len(seen)))
     assert state.tokens == len(seen) * 2 * 12 == micro_batches_before(6, 4, 3) * 24
 
@@ -201,9 +207,11 @@ def test_asked_to_stop_between_batches_it_leaves_the_step() -> None:
     def loss(model: Decoder, batch: Batch) -> torch.Tensor:
         seen.append(len(seen))
         state.stop = len(seen) == 7  # in the second step
-        return next_token(model, batch)
+        return next_token_loss(model, batch)
 
-    train(state, rows.batch, loss, replace(LOOP, batch_size=2, gradient_accumulation_steps=5), Optimizer(), Schedule())
+    run_task(
+        state, rows.batch, loss, replace(LOOP, batch_size=2, gradient_accumulation_steps=5), Optimizer(), Schedule()
+    )
     assert len(seen) == 7
     assert state.step == 1
     assert state.tokens == 5 * 2 * 12
@@ -220,10 +228,10 @@ def test_the_average_follows_the_weights() -> None:
         for name, p in state.model.named_parameters():
             expected[name] = 0.5 * expected[name] + 0.5 * p.detach()
 
-    train(
+    run_task(
         state,
         PackedDataset(TEXT, 12, 4, 0).batch,
-        next_token,
+        next_token_loss,
         replace(LOOP, steps=5),
         options,
         Schedule(warmup=1),
@@ -241,7 +249,7 @@ def test_a_bad_step_changes_nothing() -> None:
     rows, goods = PackedDataset(TEXT, 12, 4, 0), []
 
     def bad(model: Decoder, batch: Batch) -> torch.Tensor:
-        loss = next_token(model, batch)
+        loss = next_token_loss(model, batch)
         return loss * float("nan") if state.step == 2 else loss
 
     kept: list[list[torch.Tensor]] = []
@@ -253,7 +261,7 @@ def test_a_bad_step_changes_nothing() -> None:
         everything += [x for p in state.model.parameters() for x in state.optimizer.state_of(p).values()]
         kept.append([x.detach().clone() for x in everything])
 
-    train(state, rows.batch, bad, replace(LOOP, steps=4), options, Schedule(warmup=1), observe)
+    run_task(state, rows.batch, bad, replace(LOOP, steps=4), options, Schedule(warmup=1), observe)
     assert goods == [True, True, False, True]
     assert all(torch.equal(a, b) for a, b in zip(kept[1], kept[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(kept[2], kept[3], strict=True))
@@ -261,18 +269,18 @@ def test_a_bad_step_changes_nothing() -> None:
 
 def test_muon_takes_the_blocks_matrices_and_learns() -> None:
     model = begin().model
-    parts = build(model, Optimizer("muon", lr=1e-2, matrix_lr=2e-2)).parts
+    parts = start(model, Optimizer("muon", lr=1e-2, matrix_lr=2e-2)).optimizer.parts
     muon, adamw = ([p for group in part.param_groups for p in group["params"]] for part in parts)
     assert len(muon) == 2 * 7
     assert {p.dim() for p in muon} == {2}
     assert {id(p) for p in muon + adamw} == {id(p) for p in model.parameters()}
-    assert [part.param_groups[0]["peak"] for part in parts] == [2e-2, 1e-2]
+    assert [part.param_groups[0]["peak_lr"] for part in parts] == [2e-2, 1e-2]
     state = start(model, Optimizer("muon", lr=1e-2))
     losses: list[float] = []
-    train(
+    run_task(
         state,
         PackedDataset(TEXT, 12, 4, 0).batch,
-        next_token,
+        next_token_loss,
         replace(LOOP, steps=60),
         Optimizer("muon"),
         Schedule(warmup=5),
@@ -289,12 +297,13 @@ def test_compiled_blocks_learn_the_same() -> None:
     for switch in switches:
         state, found = begin(), losses.setdefault(switch, [])
         loop = replace(LOOP, steps=4, compile=switch)
-        learner = learner_for(state.model, loop, Objective(), None, World())
+        transform_model(state.model, loop)
 
         def observe(state: State, metrics: Metrics, found: list[float] = found) -> None:
             found.append(metrics.loss.item())
 
-        train(state, PackedDataset(TEXT, 12, 4, 0).batch, learner, loop, Optimizer(), Schedule(warmup=1), observe)
+        batches = PackedDataset(TEXT, 12, 4, 0).batch
+        run_task(state, batches, next_token_loss, loop, Optimizer(), Schedule(warmup=1), observe)
     assert losses["on"] == pytest.approx(losses["off"], abs=1e-4)
 
 
@@ -310,4 +319,4 @@ def test_fp8_wants_its_hardware() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine may have it")
     with pytest.raises(OneblockError, match="--fp8 needs a GPU"):
-        learner_for(begin().model, Loop(fp8=True), Objective(), None, World())
+        transform_model(begin().model, Loop(fp8=True))

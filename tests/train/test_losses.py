@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from oneblock.data.packed import IGNORE_INDEX, Batch
 from oneblock.errors import OneblockError
 from oneblock.model import Decoder, Dropout, init_weights
+from oneblock.parallel.tensor_parallel import RowParallelLinear
 from oneblock.parallel.world import World
 from oneblock.plan.activations import ActivationCheckpointing
+from oneblock.quant.formats import quantize_int8
+from oneblock.quant.linear import QuantizedLinear
 from oneblock.spec import get_spec
 from oneblock.train import cross_entropy as parts
-from oneblock.train.build import learner_for
-from oneblock.train.cross_entropy import cross_entropy
+from oneblock.train.build import transform_model
+from oneblock.train.cross_entropy import cross_entropy, token_logprobs
 from oneblock.train.load_balancing import Routing
-from oneblock.train.loop import TrainStep, start
-from oneblock.train.losses import pretraining
+from oneblock.train.loop import ModelWithLoss, State, TrainStep, start
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
+from oneblock.train.task import Pretraining
 
 
 def decoder(family: str = "llama", **changes: object) -> Decoder:
@@ -39,6 +45,10 @@ def batch(model: Decoder, rows: int = 3, length: int = 16) -> Batch:
     targets = ids[:, 1:].clone()
     targets[0, 3:7] = IGNORE_INDEX
     return Batch(ids[:, :-1], targets, int((targets != IGNORE_INDEX).sum()))
+
+
+def step_of(state: State, loop: Loop) -> TrainStep:
+    return TrainStep(ModelWithLoss(state.model, state.task), loop, Optimizer(max_grad_norm=0), Schedule(), World())
 
 
 def written_out(model: Decoder, x: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -61,8 +71,8 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_in_parts_it_is_the_loss_written_out(head: str, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "LOSS_CHUNK_BYTES", 5 * 97 * 8)  # 5 rows at a time,
-    monkeypatch.setattr(parts, "FAST", 2 * 97 * 4)  # 2 of them in the cache,
-    monkeypatch.setattr(parts, "WORDS", 40)  # 40 words of the gradient
+    monkeypatch.setattr(parts, "CACHE_CHUNK", 2 * 97 * 4)  # 2 of them in the cache,
+    monkeypatch.setattr(parts, "VOCAB_CHUNK", 40)  # 40 words of the gradient
     family, changes = HEADS[head]
     model = decoder(family, **changes)
     data = batch(model)
@@ -112,15 +122,8 @@ def test_ragged_batches_weigh_by_tokens() -> None:
     grads = []
     for batches in ([large], halves):
         model = decoder()
-        engine = TrainStep(
-            learner_for(model, Loop(dtype="float32"), Objective(), None, World()),
-            batches.__getitem__,
-            Loop(dtype="float32", gradient_accumulation_steps=len(batches)),
-            Optimizer(max_grad_norm=0.0),
-            Schedule(),
-            World(),
-        )
-        state = start(model, Optimizer())
+        state = start(model, Optimizer(max_grad_norm=0.0), Pretraining(batches.__getitem__))
+        engine = step_of(state, Loop(dtype="float32", gradient_accumulation_steps=len(batches)))
         kept: dict[str, Tensor] = {}
 
         def keep(good: Tensor, model: Decoder = model, kept: dict[str, Tensor] = kept) -> None:
@@ -131,6 +134,206 @@ def test_ragged_batches_weigh_by_tokens() -> None:
         grads.append(kept)
     for name in grads[0]:
         torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("head", HEADS)
+def test_weights_per_token(head: str, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused loss with weights against weighted means over full logits: values and gradients."""
+    monkeypatch.setattr(parts, "LOSS_CHUNK_BYTES", 5 * 97 * 8)
+    monkeypatch.setattr(parts, "CACHE_CHUNK", 2 * 97 * 4)
+    family, changes = HEADS[head]
+    model = decoder(family, **changes)
+    data = batch(model)
+    weights = torch.rand(data.targets.shape, generator=torch.Generator().manual_seed(4))
+    x = model.hidden_states(data.ids).detach()
+
+    def naive(leaf: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.logits(leaf).float()
+        w = weights * (data.targets != IGNORE_INDEX)
+        entropy = F.cross_entropy(logits.flatten(0, 1), data.targets.flatten(), reduction="none").view_as(w)
+        mean = (w * entropy).sum() / w.sum()
+        return mean + z_loss * (w * logits.logsumexp(-1).square()).sum() / w.sum(), mean
+
+    results = []
+    for loss in (lambda leaf: cross_entropy(model, leaf, data.targets, z_loss, weights), naive):
+        leaf = x.clone().requires_grad_()
+        value, entropy = loss(leaf)
+        model.zero_grad()
+        (3 * value).backward()
+        grads = [p.grad.clone() for p in model.head.parameters() if p.grad is not None]
+        results.append([value.detach(), entropy.detach(), leaf.grad, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+# ------------------------------------------------------------------ log-probabilities of tokens
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer with a trained low-rank update, as LoRA wraps one."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2):
+        super().__init__()
+        self.base, self.in_features, self.out_features = base.requires_grad_(False), base.in_features, base.out_features
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class DropoutLinear(nn.Module):
+    """Dropout before a linear layer, as adapters have."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.out_features = base, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(F.dropout(x, 0.5))
+
+
+def quantized_head(model: Decoder) -> nn.Module:
+    layer = QuantizedLinear(97, 16, 0, model.head.bias)
+    layer.set_weight(*quantize_int8(model.head.weight.detach()))
+    return layer
+
+
+def row_parallel_head(model: Decoder) -> nn.Module:
+    """The reduction over ranks of a tensor-parallel layer, on one rank."""
+    return RowParallelLinear(nn.Linear(16, 97), lambda y: y)
+
+
+LINEARS: dict[str, Callable[[Decoder], nn.Module]] = {
+    "plain": lambda model: model.head,
+    "adapted": lambda model: LowRankLinear(model.head),
+    "quantized": quantized_head,
+    "sharded": row_parallel_head,
+}
+TRANSFORMS: dict[str, Any] = {
+    "none": {},
+    "scaled": {"logit_scale": 0.25},
+    "capped": {"softcap": 5.0, "temperature": 0.7},
+    "all": {"logit_scale": 0.5, "softcap": 3.0, "temperature": 1.5},
+}
+
+
+def naive_logprobs(
+    x: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    logits = head(x).float() * logit_scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logprobs = (logits / temperature).log_softmax(-1)
+    return logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets != IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kind", LINEARS)
+def test_token_logprobs_are_those_of_full_logits(kind: str, transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, and the gradients of a nonlinear function, for hidden states and every trained parameter of the head."""
+    monkeypatch.setattr(parts, "LOSS_CHUNK_BYTES", 5 * 97 * 8)
+    model = decoder("phi")
+    data, head = batch(model), LINEARS[kind](model)
+    x = model.hidden_states(data.ids).detach()
+    advantages = torch.randn(data.targets.shape, generator=torch.Generator().manual_seed(5))
+    results = []
+    for logprobs_of in (token_logprobs, naive_logprobs):
+        leaf = x.clone().requires_grad_()
+        logprobs = logprobs_of(leaf, head, data.targets, **TRANSFORMS[transform])
+        head.zero_grad()
+        ((logprobs + 1).exp() * advantages).clamp(max=2).sum().backward()
+        grads = [p.grad.clone() for p in head.parameters() if p.requires_grad and p.grad is not None]
+        results.append([logprobs.detach(), leaf.grad, *grads])
+    assert len(results[0]) == {"plain": 4, "adapted": 4, "quantized": 2, "sharded": 4}[kind]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert results[0][0].dtype == torch.float32
+    assert float(results[0][0][0, 3:7].abs().max()) == 0  # ignored targets
+
+
+def test_an_adapted_head_is_not_bypassed_by_the_loss() -> None:
+    model = decoder("phi")
+    data = batch(model)
+    x = model.hidden_states(data.ids)
+    before = cross_entropy(model, x, data.targets, 0.01)
+    head = LowRankLinear(model.head)
+    model.head = head  # type: ignore[assignment]
+    loss, _ = cross_entropy(model, x, data.targets, 0.01)
+    assert float(loss.detach()) != pytest.approx(float(before[0].detach()), abs=1e-4)
+    torch.testing.assert_close(loss, written_out(model, x, data.targets, 0.01)[0])
+    loss.backward()
+    assert head.up.weight.grad is not None and head.base.weight.grad is None
+    hooked = decoder("phi")
+    hooked.head.register_forward_hook(lambda module, args, y: y * 2)
+    x = hooked.hidden_states(data.ids)
+    torch.testing.assert_close(cross_entropy(hooked, x, data.targets)[0], written_out(hooked, x, data.targets, 0.0)[0])
+
+
+def test_token_logprobs_repeat_the_dropout_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "LOSS_CHUNK_BYTES", 5 * 97 * 8)
+    model = decoder()
+    data = batch(model)
+    head = DropoutLinear(model.head)
+    x = model.hidden_states(data.ids).detach().requires_grad_()
+    torch.manual_seed(0)
+    token_logprobs(x, head, data.targets).sum().backward()
+    torch.manual_seed(0)
+    dropped = torch.cat([F.dropout(part, 0.5) for part in x.detach().flatten(0, 1).split(5)]) / x.detach().flatten(0, 1)
+    leaf = x.detach().clone().requires_grad_()
+    naive_logprobs(leaf.flatten(0, 1) * dropped, model.head, data.targets.flatten()).sum().backward()
+    torch.testing.assert_close(x.grad, leaf.grad, atol=1e-5, rtol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapted"])
+def test_no_tensor_has_all_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "LOSS_CHUNK_BYTES", 4 * 97 * 8)
+    model = decoder()
+    head = LINEARS[kind](model)
+    x = torch.randn(2, 64, 16, requires_grad=True)
+    targets = torch.randint(97, (2, 64))
+    with LargestTensor() as largest:
+        token_logprobs(x, head, targets, softcap=3.0).square().sum().backward()
+    assert largest.numel <= max(x.numel(), 97 * 16)
+    with LargestTensor() as naive:
+        naive_logprobs(x, head, targets).sum().backward()
+    assert naive.numel == 2 * 64 * 97
+
+
+def test_token_logprobs_under_autocast() -> None:
+    model = decoder()
+    data = batch(model)
+    x = model.hidden_states(data.ids).detach().requires_grad_()
+    exact = token_logprobs(x, model.head, data.targets)
+    exact.sum().backward()
+    assert x.grad is not None
+    exact_grad, x.grad = x.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = token_logprobs(x, model.head, data.targets)
+    near.sum().backward()
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(near, exact, atol=0.2, rtol=0.05)
+    assert float((x.grad - exact_grad).norm() / exact_grad.norm()) < 0.05
 
 
 # ------------------------------------------------------------------ experts
@@ -169,7 +372,7 @@ def test_the_routers_losses_by_hand() -> None:
     for i, block in enumerate(model.blocks):
         block.mlp.router.register_forward_hook(lambda m, a, out, i=i: logits.__setitem__(i, out.detach()))
     objective = Objective(load_balancing_weight=0.5, router_z_loss=0.25)
-    loss, seen = pretraining(model, data, routing=Routing(model, objective))
+    loss, seen = Pretraining(lambda n: data, routing=Routing(model, objective)).loss(model, data)
     even, z = [], []
     for found in logits.values():
         shares = found.softmax(-1)
@@ -184,10 +387,11 @@ def test_the_routers_losses_by_hand() -> None:
 def test_balance_is_learned(recompute: ActivationCheckpointing) -> None:
     """From a router that prefers one expert, steps with the loss bring the others in."""
     model = leaning(3.0)
-    loop = Loop(dtype="float32", activation_checkpointing=recompute)
-    learner = learner_for(model, loop, Objective(load_balancing_weight=1.0), None, World())
-    data, state = batch(model), start(model, Optimizer(lr=5e-2))
-    engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
+    loop, data = Loop(dtype="float32", activation_checkpointing=recompute), batch(model)
+    transform_model(model, loop)
+    task = Pretraining(lambda n: data, routing=Routing(model, Objective(load_balancing_weight=1.0)))
+    state = start(model, Optimizer(lr=5e-2), task)
+    engine = step_of(state, loop)
     found = [made.aux_metrics["load_balancing_loss"].item() for _ in range(40) if (made := engine.update(state))]
     assert abs(found[-1] - 1) < 0.5 * (found[0] - 1)  # 1: an even load
 
@@ -195,12 +399,10 @@ def test_balance_is_learned(recompute: ActivationCheckpointing) -> None:
 def test_a_bias_steers_without_a_gradient() -> None:
     model = leaning(1.0)
     loop, options = Loop(dtype="float32"), Objective(load_balancing="bias", load_balancing_weight=0.01)
-    learner = learner_for(model, loop, options, None, World())
-    state = start(model, Optimizer(lr=0.0))
-    before = model.blocks[0].mlp.router.bias.detach().clone()
     data = batch(model)
-    engine = TrainStep(learner, lambda n: data, loop, Optimizer(), Schedule(), World())
-    state.optimizer.set_rate(0.0)
+    state = start(model, Optimizer(lr=0.0), Pretraining(lambda n: data, routing=Routing(model, options)))
+    before = model.blocks[0].mlp.router.bias.detach().clone()
+    engine = step_of(state, loop)
     made = engine.update(state)
     assert made is not None
     first = last = made.aux_metrics["load"]
@@ -230,9 +432,9 @@ def test_recomputed_gradients_are_the_same(family: str, mode: ActivationCheckpoi
     modes: tuple[ActivationCheckpointing, ...] = ("none", mode)
     for recompute in modes:
         model = decoder(family)
-        learner = learner_for(
-            model, Loop(activation_checkpointing=recompute), Objective(), Dropout(residual=0.2), World()
-        )
+        transform_model(model, Loop(activation_checkpointing=recompute))
+        routing = Routing(model, Objective()) if family == "mixtral" else None
+        learner = ModelWithLoss(model, Pretraining(lambda n: None, Dropout(residual=0.2), routing=routing))
         held: dict[int, int] = {}
 
         def pack(x: Tensor, held: dict[int, int] = held) -> Tensor:

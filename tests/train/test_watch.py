@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from oneblock.cli import main
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import load
+from oneblock.train.build import build_state
 from oneblock.train.loggers import run_id
 from oneblock.train.loop import Metrics, State
 from oneblock.train.nonfinite import MOST
@@ -27,7 +28,7 @@ from oneblock.train.preflight import measure_peak
 from oneblock.train.prepare import prepare
 from oneblock.train.progress import Progress, ProgressDisplay
 from oneblock.train.run import record
-from oneblock.train.trainer import Trainer, averaged, fresh
+from oneblock.train.trainer import Trainer, use_ema_weights
 
 RARE = "#"  # stands in a few rows
 TEXT = "".join(f"{i} times {i % 7} is {i * (i % 7)}.{RARE if i % 12 == 0 else ''}\n" for i in range(400))
@@ -53,7 +54,7 @@ def begin(options: Train, run: Path, **loop: Any) -> Trainer:
     run.mkdir()
     record(run, options)
     job = prepare(options)
-    return Trainer(job, options, run, fresh(job, options), ProgressDisplay(options.loop))
+    return Trainer(job, options, run, build_state(job, options), ProgressDisplay(options.loop))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -120,9 +121,9 @@ def test_averaged_weights_are_validated_and_left_as_a_model(options: Train, tmp_
     assert mean is not None and model.tokenizer is not None
     for name, p in model.model.named_parameters():
         torch.testing.assert_close(p.float(), mean[name], atol=0, rtol=0)
-    with averaged(session.state):
+    with use_ema_weights(session.state):
         assert session.job.val is not None
-        assert session.held_out(session.job.val) == pytest.approx(val[-1]["val_ema"], abs=1e-6)
+        assert session.validation_loss(session.job.val) == pytest.approx(val[-1]["val_ema"], abs=1e-6)
 
 
 # ------------------------------------------------------------------ steps that were no number

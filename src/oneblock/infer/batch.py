@@ -27,6 +27,7 @@ from oneblock.infer.generate import Request, Sequences, allowed_tokens, check_lo
 from oneblock.infer.llm import LLM
 from oneblock.infer.options import BATCH_SIZE, OPTIONS, StructuredOutputOptions
 from oneblock.infer.sample import Sampler
+from oneblock.kernels.huge_pages import free_memory
 from oneblock.plan.cache import kv_bytes
 
 KEYS = {"prompt", "messages", "id"} | OPTIONS - {"top_logprobs"}  # of an input line
@@ -132,15 +133,6 @@ def choose_batch_size(llm: LLM, jobs: Sequence[Job]) -> int:
     cache = kv_bytes(spec, max(limits, default=1), bytes_per_element(spec, model.dtype, llm.kv_cache_dtype == "int8"))
     row = 2 * cache + 16 * spec.vocab + 64 * prompt * spec.dim  # twice: dropping finished rows copies the cache
     return max(1, min(MAX_BATCH_SIZE.get(model.device.type, 32), int(MEMORY_SHARE * free_memory(model.device) / row)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of the GPU, or of the system."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 # ------------------------------------------------------------------ the input

@@ -50,6 +50,18 @@ def move_to_huge_pages(model: Decoder) -> None:
         offset += align(x.nbytes)
 
 
+def free_memory(device: torch.device) -> int:
+    """Free bytes of the GPU; on a CPU the available ones of the system, within the limit of the container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = []
+    with suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
+        limits.append(int(file.read()))
+    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        limits.append(next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")))
+    return min(limits, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
 def align(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 

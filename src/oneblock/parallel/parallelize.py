@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -74,10 +75,27 @@ def parallelize(model: Decoder, world: World) -> Decoder:
     return model
 
 
+def parallelize_submodules(parent: nn.Module, world: World) -> None:
+    """Lay out what a task owns beside the model: decoders as the model is, other modules replicated or FSDP-sharded."""
+    if world.size == 1:
+        return
+    if any(True for _ in parent.parameters(recurse=False)):
+        raise OneblockError(f"{type(parent).__name__} has direct parameters: put them into a submodule")
+    for name, child in list(parent.named_children()):
+        if isinstance(child, Decoder):
+            setattr(parent, name, parallelize(child, world))
+        elif not world.uses_ddp and world.grad_divisor > 1:
+            fully_shard(child, mesh=fsdp_mesh(world))
+
+
+def fsdp_mesh(world: World) -> DeviceMesh:
+    mesh = world.mesh
+    return world.fsdp_tp_mesh["replicas", "shards"] if mesh.dp * mesh.cp > 1 else world.fsdp_tp_mesh["shards"]
+
+
 def shard_fsdp(model: Decoder, world: World) -> None:
     """Shard tensors over fsdp ranks. With fsdp=1 and tp they stay whole, and gradients are reduced in the same way."""
-    mesh = world.mesh
-    device_mesh = world.fsdp_tp_mesh["replicas", "shards"] if mesh.dp * mesh.cp > 1 else world.fsdp_tp_mesh["shards"]
+    device_mesh = fsdp_mesh(world)
     for block in model.blocks:
         fully_shard(block, mesh=device_mesh)
     fully_shard(model, mesh=device_mesh, reshard_after_forward=False)  # the loss reads the head after the forward pass

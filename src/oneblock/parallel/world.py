@@ -143,13 +143,14 @@ class World:
         return nullcontext()
 
     @torch.no_grad()
-    def all_reduce_grads(self, model: Decoder) -> None:
+    def all_reduce_grads(self, model: Decoder, *others: nn.Module) -> None:
         """Sum the gradients that neither DDP nor FSDP reduces: tied embeddings, experts, and what tp replicates."""
         if self.mesh.pp > 1 and model.spec.tied:  # the first stage has the embedding's gradient, the last the head's
             p = model.embed.weight
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(grad, group=self.groups["pp"])
-        for p in model.parameters() if self.mesh.ep * self.mesh.tp > 1 else ():
+        modules = (model, *others) if self.mesh.ep * self.mesh.tp > 1 else ()
+        for p in (p for module in modules for p in module.parameters()):
             if p.grad is None:
                 continue
             dims, grad = sharded_dims(p), p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad

@@ -46,11 +46,10 @@ def train(options: Train, typed: Collection[str] | None = None) -> None:
 
 def begin(options: Train, world: World) -> None:
     """Start a new run. Every check comes before its folder exists."""
-    from oneblock.train.build import compiles
+    from oneblock.train.build import build_state, compiles
     from oneblock.train.preflight import estimate
     from oneblock.train.prepare import prepare
     from oneblock.train.run import lock_run, new_folder, record
-    from oneblock.train.trainer import fresh
 
     job = prepare(options)
     options = with_changes(options, {"compile": "on" if compiles(job.spec, options.loop, job.context) else "off"})
@@ -65,7 +64,7 @@ def begin(options: Train, world: World) -> None:
     check_run(job, options, plan, world)
     if options.out is None and world.size > 1:
         raise OneblockError(f"a run on {world.size} ranks needs --out FOLDER, the same on all of them")
-    state, run = fresh(job, options, world), options.out
+    state, run = build_state(job, options, world), options.out
     if world.is_main:
         run = new_folder(options.out)
     assert run is not None
@@ -88,10 +87,10 @@ def resume(options: Train, run: Path, typed: Collection[str] | None, world: Worl
 
 def resume_locked(options: Train, run: Path, world: World) -> None:
     from oneblock.train import checkpoint
+    from oneblock.train.build import build_state
     from oneblock.train.preflight import estimate
     from oneblock.train.prepare import prepare
     from oneblock.train.run import record
-    from oneblock.train.trainer import fresh
 
     def warn(line: str) -> None:
         if world.is_main:
@@ -106,7 +105,7 @@ def resume_locked(options: Train, run: Path, world: World) -> None:
         print_verdict(job, options, plan, world)
         return
     check_run(job, options, plan, world)
-    state = fresh(job, options, world)
+    state = build_state(job, options, world)
     progress = checkpoint.restore(folder, state)
     if progress.data != job.fingerprint and not options.allow_changes:
         raise OneblockError(f"the text has changed since {run} began: restore it, or start a new run from {folder}")

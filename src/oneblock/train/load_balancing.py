@@ -1,7 +1,6 @@
-"""Mixtures of experts in training: who was sent where, and what keeps the load even.
+"""Load balancing of mixtures of experts in training: by an auxiliary loss, or by updates of the routers' biases.
 
-Shapes: L layers with experts, N tokens, E experts, k experts a token goes to. Watched from outside, by hooks on the
-routers: the model knows nothing of it.
+Shapes: L layers with experts, N tokens, E experts. Forward hooks on the routers read their logits.
 """
 
 from __future__ import annotations
@@ -17,50 +16,50 @@ from oneblock.model import Decoder
 from oneblock.model.mlp import Moe
 from oneblock.train.options import Objective
 
-Sum = Callable[[Tensor], Tensor]  # over all ranks that read different tokens
+Sum = Callable[[Tensor], Tensor]  # over all ranks
 
 
 class Routing:
-    """The routers' answers of the latest forward pass, and the tokens each expert got in this step."""
+    """Router logits of the latest forward pass, and tokens per expert of the step."""
 
     def __init__(self, model: Decoder, objective: Objective, total: Sum = lambda x: x):
         self.layers = [m for m in model.modules() if isinstance(m, Moe)]
         self.objective, self.total = objective, total
-        self.logits: dict[int, Tensor] = {}  # by layer, (N, E); computing a layer again writes the same once more
-        self.counts: Tensor | None = None  # (L, E), of all batches of the step so far
+        self.logits: dict[int, Tensor] = {}  # by layer, (N, E); a recomputed layer writes the same again
+        self.counts: Tensor | None = None  # (L, E), over the micro-batches of the step so far
         for i, layer in enumerate(self.layers):
-            layer.router.register_forward_hook(self._keep(i))
+            layer.router.register_forward_hook(self._logits_hook(i))
         if objective.load_balancing == "bias" and self.layers:
-            self._take_biases()
+            self._freeze_biases()
 
-    def _keep(self, i: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep(module: nn.Module, args: Any, logits: Tensor) -> None:
+    def _logits_hook(self, i: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, logits: Tensor) -> None:
             self.logits[i] = logits
 
-        return keep
+        return hook
 
-    def _take_biases(self) -> None:
+    def _freeze_biases(self) -> None:
         if any(layer.router.bias is None for layer in self.layers):
             raise OneblockError(
-                "--load-balancing bias moves the routers' biases, and this model's have none: use --load-balancing loss"
+                "--load-balancing bias updates the routers' biases, which this model lacks: use --load-balancing loss"
             )
         for layer in self.layers:
             layer.router.bias.requires_grad_(False)
 
     def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to add to the loss, and what to show: of the latest forward pass. Counts are added up for `steer`."""
-        chosen, shares, sums = zip(*(self._layer(i) for i in range(len(self.layers))), strict=True)
-        counts = self.total(torch.stack(chosen))  # (L, E)
+        """The weighted auxiliary losses of the latest forward pass, and metrics: `load` is (L, E)."""
+        expert_counts, shares, z_losses = zip(*(self._layer(i) for i in range(len(self.layers))), strict=True)
+        counts = self.total(torch.stack(expert_counts))  # (L, E)
         load = counts / counts.sum(-1, keepdim=True)
-        even = load.shape[-1] * (load * torch.stack(shares)).sum(-1).mean()  # 1 where the load is even
-        z = torch.stack(sums).mean()
+        balance = load.shape[-1] * (load * torch.stack(shares)).sum(-1).mean()  # 1 where the load is even
+        z = torch.stack(z_losses).mean()
         self.counts = counts if self.counts is None else self.counts + counts
         o = self.objective
-        extra = o.router_z_loss * z + (o.load_balancing_weight * even if o.load_balancing == "loss" else 0.0)
-        return extra, {"load_balancing_loss": even.detach(), "load": load}
+        aux_loss = o.router_z_loss * z + (o.load_balancing_weight * balance if o.load_balancing == "loss" else 0.0)
+        return aux_loss, {"load_balancing_loss": balance.detach(), "load": load}
 
     def _layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one layer: tokens each expert got (E,), the mean of the routers' shares (E,), and the z-loss."""
+        """Tokens per expert of one layer (E,), mean router probability (E,), and the z-loss."""
         spec, logits = self.layers[i].spec, self.logits[i].float()
         scores = logits.softmax(-1) if spec.score_func == "softmax" else logits.sigmoid()
         index = scores.topk(spec.top_k, -1).indices
@@ -70,9 +69,11 @@ class Routing:
         return counts, shares, logits.logsumexp(-1).square().mean()
 
     @torch.no_grad()
-    def update_expert_bias(self, good: Tensor) -> None:
-        """After a good step: more bias for experts that got too few tokens, less for those that got too many."""
+    def update_expert_bias(self, is_finite: Tensor) -> None:
+        """Raise the bias of experts with less than the mean load and lower the others', unless the step was skipped."""
         if self.objective.load_balancing == "bias" and self.counts is not None:
             for layer, counts in zip(self.layers, self.counts, strict=True):
-                layer.router.bias.add_(self.objective.load_balancing_weight * good * (counts.mean() - counts).sign())
+                layer.router.bias.add_(
+                    self.objective.load_balancing_weight * is_finite * (counts.mean() - counts).sign()
+                )
         self.counts = None

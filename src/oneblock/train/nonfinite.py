@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient was no number: they are written down, and the run stops or goes on."""
+"""Steps with a NaN or Inf loss or gradient: they are recorded, and the run stops or skips them."""
 
 from __future__ import annotations
 
@@ -6,58 +6,53 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from oneblock.train.loop import Metrics
 
 FILE = "nonfinite.jsonl"
-MOST = 20  # bad steps in a row after which there is no hope
+MAX_NONFINITE_STEPS = 20  # consecutive steps after which the run stops in any case
 
 
-class Guard:
-    """Keeps every step's verdict on the device until somebody looks."""
+class NonfiniteLog:
+    """Collects the results of steps and reads `is_finite` later, since on a GPU reading waits for the device."""
 
     def __init__(self, run: Path):
         self.path = run / FILE
-        self.waiting: list[Metrics] = []
-        self.streak: list[Metrics] = []  # the newest steps, as far as all of them were bad
+        self.unread: list[Metrics] = []
+        self.streak: list[Metrics] = []  # the newest steps, as long as all of them are NaN or Inf
 
     def add(self, metrics: Metrics) -> None:
-        self.waiting.append(replace(metrics, aux_metrics={}))
+        self.unread.append(replace(metrics, aux_metrics={}))
 
-    def look(self) -> list[Metrics]:
-        """The bad steps since the last look. On a GPU this waits for it."""
-        if not self.waiting:
+    def take(self) -> list[Metrics]:
+        """The NaN or Inf steps since the last call. On a GPU this waits for the device."""
+        if not self.unread:
             return []
-        steps, self.waiting = self.waiting, []
-        verdicts = torch.stack([m.is_finite for m in steps]).tolist()
-        for metrics, good in zip(steps, verdicts, strict=True):
-            self.streak = [] if good else [*self.streak, metrics]
-        return [metrics for metrics, good in zip(steps, verdicts, strict=True) if not good]
+        steps, self.unread = self.unread, []
+        finite = torch.stack([metrics.is_finite for metrics in steps]).tolist()
+        for metrics, is_finite in zip(steps, finite, strict=True):
+            self.streak = [] if is_finite else [*self.streak, metrics]
+        return [metrics for metrics, is_finite in zip(steps, finite, strict=True) if not is_finite]
 
-    def write(self, bad: list[Metrics]) -> None:
-        """A line for each: the step, its batches, its loss and norm."""
+    def write(self, steps: list[Metrics]) -> None:
+        """Append a line per step: its number, micro-batches, loss and gradient norm."""
         with self.path.open("a", encoding="utf-8") as file:
-            for m in bad:
-                row = {
-                    "step": m.step,
-                    "batches": list(m.batches),
-                    "loss": exact(m.loss),
-                    "grad_norm": exact(m.grad_norm),
-                }
-                file.write(json.dumps(row) + "\n")
+            for m in steps:
+                numbers = {"loss": json_number(m.loss), "grad_norm": json_number(m.grad_norm)}
+                file.write(json.dumps({"step": m.step, "batches": list(m.batches), **numbers}) + "\n")
 
 
-def exact(x: torch.Tensor) -> Any:
-    """A number, or the name of what is none: JSON has no NaN."""
+def json_number(x: torch.Tensor) -> float | str:
+    """A number, or "nan", "inf" or "-inf", which JSON lacks."""
     value = float(x)
     return value if math.isfinite(value) else str(value)
 
 
-def told(m: Metrics) -> str:
-    """`step 8: the loss is nan and the gradient's norm inf, in batches 14 and 15`."""
+def describe_step(m: Metrics) -> str:
+    """`NaN or Inf in step 8: loss nan, gradient norm inf, batches 14 to 15`."""
     numbers = [f"{n:,}" for n in m.batches]
-    which = f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}"
-    return f"step {m.step:,}: the loss is {exact(m.loss)} and the gradient's norm {exact(m.grad_norm)}, in {which}"
+    batches = f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}"
+    loss, norm = json_number(m.loss), json_number(m.grad_norm)
+    return f"NaN or Inf in step {m.step:,}: loss {loss}, gradient norm {norm}, {batches}"

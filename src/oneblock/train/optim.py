@@ -1,23 +1,23 @@
-"""What moves the weights, and how fast: optimizers, the running average, the learning rate."""
+"""Optimizers, exponential moving average of the weights, learning-rate and batch-size schedules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oneblock.errors import missing_extra
-from oneblock.model import Decoder
 from oneblock.train.options import Optimizer, Schedule
 
 Group = dict[str, Any]
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Optimizers:
-    """Several optimizers of torch as one: Muon for the matrices of the blocks, AdamW for the rest."""
+    """Several torch optimizers as one: Muon for the matrices of the blocks, AdamW for the others."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
@@ -27,24 +27,24 @@ class Optimizers:
         return [group for part in self.parts for group in part.param_groups]
 
     def state_of(self, p: nn.Parameter) -> dict[str, Any]:
-        """What is kept of one parameter: AdamW's two moments, Muon's momentum."""
+        """The optimizer state of one parameter: AdamW's moments or Muon's momentum; empty before the first step."""
         return next((part.state[p] for part in self.parts if p in part.state), {})
 
-    def set_rate(self, share: float) -> None:
-        """Each group's learning rate as a share of its peak."""
+    def set_lr(self, ratio: float) -> None:
+        """Set each group's learning rate to this share of its peak."""
         for group in self.param_groups:
-            if isinstance(group["lr"], Tensor):  # torchao's are compiled: a new number would be a new program
-                group["lr"].fill_(group["peak"] * share)
+            if isinstance(group["lr"], Tensor):  # torchao's step is compiled, and a new number would recompile it
+                group["lr"].fill_(group["peak_lr"] * ratio)
             else:
-                group["lr"] = group["peak"] * share
+                group["lr"] = group["peak_lr"] * ratio
 
-    def step(self, good: Tensor) -> None:
-        """Move the weights unless `good` is False. On GPUs nobody waits for the answer if every part can skip alone."""
-        if good.device.type == "cuda" and all(group.get("fused") for group in self.param_groups):
+    def step(self, is_finite: Tensor) -> None:
+        """Update the weights unless `is_finite` is False; fused optimizers decide it on the GPU, without a sync."""
+        if is_finite.device.type == "cuda" and all(group.get("fused") for group in self.param_groups):
             for part in self.parts:
-                part.found_inf = (~good).float()  # type: ignore[attr-defined] # how torch.amp tells it
+                part.found_inf = (~is_finite).float()  # type: ignore[attr-defined] # as torch.amp.GradScaler does
                 part.step()
-        elif bool(good):
+        elif bool(is_finite):
             for part in self.parts:
                 part.step()
 
@@ -53,31 +53,29 @@ class Optimizers:
             part.zero_grad()
 
 
-def build(model: Decoder, options: Optimizer) -> Optimizers:
-    """The optimizers of a run; each group knows its peak rate."""
-    matrices = set(matrix_names(model)) if options.optimizer == "muon" else set()
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def build(named: Named, options: Optimizer, embeddings: Collection[int] = ()) -> Optimizers:
+    """The optimizers of named parameters; `embeddings` are the ids of embedding matrices. Groups record `peak_lr`."""
+    matrices = [x for x in named if options.optimizer == "muon" and is_block_matrix(*x)]
+    others = [x for x in named if options.optimizer != "muon" or not is_block_matrix(*x)]
     parts: list[torch.optim.Optimizer] = []
     if matrices:
-        groups = decay_groups(model, ((name, p) for name, p in named if name in matrices), options)
-        parts.append(muon(groups, options))
-    if rest := [(name, p) for name, p in named if name not in matrices]:
+        parts.append(muon(decay_groups(matrices, options, embeddings), options))
+    if others:
         make = adamw8bit if options.optimizer == "adamw8bit" else adamw
-        parts.append(make(decay_groups(model, rest, options), options))
+        parts.append(make(decay_groups(others, options, embeddings), options))
     for part in parts:
         for group in part.param_groups:
-            group["peak"] = float(group["lr"])
+            group["peak_lr"] = float(group["lr"])
     return Optimizers(*parts)
 
 
 def adamw(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
-    """AdamW with all of a step in one kernel."""
     betas = (options.beta1, options.beta2)
     return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
 
 
 def adamw8bit(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
-    """AdamW whose moments take a byte each; torchao compiles its step at the first use."""
+    """AdamW with 8-bit moments; torchao compiles its step at the first use."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -87,49 +85,37 @@ def adamw8bit(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
 
 
 def muon(groups: list[Group], options: Optimizer) -> torch.optim.Optimizer:
-    """Steps whose singular values are all about one, on AdamW's scale of rates (arXiv:2502.16982, section 2.2)."""
-    rate = options.lr if options.matrix_lr is None else options.matrix_lr
-    return torch.optim.Muon(groups, lr=rate, momentum=options.momentum, adjust_lr_fn="match_rms_adamw")
+    """Muon with learning rates on AdamW's scale (arXiv:2502.16982, section 2.2)."""
+    lr = options.lr if options.matrix_lr is None else options.matrix_lr
+    return torch.optim.Muon(groups, lr=lr, momentum=options.momentum, adjust_lr_fn="match_rms_adamw")
 
 
-# ------------------------------------------------------------------ which parameters
+def is_block_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether Muon takes the parameter. Stacked experts are left to AdamW: torch's Muon takes 2-D weights only."""
+    return name.startswith("blocks.") and p.dim() == 2 and name.endswith("weight")
 
 
-def decay_groups(model: Decoder, named: Iterable[tuple[str, nn.Parameter]], options: Optimizer) -> list[Group]:
-    """Decayed ones and others; shards of whole tensors are apart from both, since one kernel takes either."""
-    decayed = set(decayed_names(model))
+def decay_groups(named: Named, options: Optimizer, embeddings: Collection[int]) -> list[Group]:
+    """Parameter groups with and without weight decay, one per device mesh, since a fused kernel takes one kind."""
     groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
     for name, p in named:
-        key = (options.decay_all or name in decayed, getattr(p, "device_mesh", None))
-        groups.setdefault(key, []).append(p)
+        has_decay = options.decay_all or (id(p) not in embeddings and is_weight_matrix(name, p))
+        groups.setdefault((has_decay, getattr(p, "device_mesh", None)), []).append(p)
     order = sorted(groups.items(), key=lambda item: not item[0][0])
-    return [{"params": found, "weight_decay": options.weight_decay * decays} for (decays, _), found in order]
+    return [{"params": params, "weight_decay": options.weight_decay * decays} for (decays, _), params in order]
 
 
-def decayed_names(model: nn.Module) -> Iterator[str]:
-    """Weights of products. Norms, biases, gates and embeddings (a tied head is one) are not among them."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, p in model.named_parameters():
-        if p.dim() > 1 and id(p) not in embeddings and not name.endswith("bias"):
-            yield name
-
-
-def matrix_names(model: Decoder) -> Iterator[str]:
-    """The blocks' matrices, which Muon is for. Stacked experts are left to AdamW: torch's Muon takes matrices alone."""
-    for name, p in model.named_parameters():
-        if name.startswith("blocks.") and p.dim() == 2 and name.endswith("weight"):
-            yield name
-
-
-# ------------------------------------------------------------------ the running average
+def is_weight_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether it is the weight of a matrix product: no norm, bias or gate."""
+    return p.dim() > 1 and not name.endswith("bias")
 
 
 @torch.no_grad()
-def average(ema: dict[str, Tensor], model: nn.Module, decay: float, good: Tensor) -> None:
-    """After a good step, move the average a little towards the weights."""
-    found, weight = dict(model.named_parameters()), good.float() * (1 - decay)
+def update_ema(ema: dict[str, Tensor], params: Mapping[str, Tensor], decay: float, is_finite: Tensor) -> None:
+    """Move the moving average towards the weights, unless the step was skipped."""
+    weight = is_finite.float() * (1 - decay)
     for name, mean in ema.items():
-        mean.lerp_(found[name].detach(), weight)
+        mean.lerp_(params[name].detach(), weight)
 
 
 # ------------------------------------------------------------------ learning rate and batch size

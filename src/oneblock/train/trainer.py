@@ -1,4 +1,4 @@
-"""One sitting of a run: what happens around the loop's steps, and how it ends."""
+"""One session of a run: training with logging, validation, samples and checkpoints around the steps."""
 
 from __future__ import annotations
 
@@ -15,48 +15,30 @@ import torch
 from torch import Tensor
 
 from oneblock.data.batch_shards import deal_batches
-from oneblock.data.loader import BatchLoader
 from oneblock.data.packed import Batch, sequential_batches
 from oneblock.data.tokens import Tokens
 from oneblock.errors import OneblockError
 from oneblock.infer.llm import LLM
-from oneblock.model import Decoder, init_weights
-from oneblock.parallel import parallelize
+from oneblock.parallel.parallelize import reshard
 from oneblock.parallel.world import World
 from oneblock.plan import flops, params
 from oneblock.store import replace_model_folder
-from oneblock.store.load import load_model
 from oneblock.store.save import write_model
 from oneblock.train import checkpoint, report
-from oneblock.train.build import learner_for
 from oneblock.train.loggers import open_loggers
-from oneblock.train.loop import Metrics, Observe, State, done, start, train
-from oneblock.train.losses import evaluate
-from oneblock.train.machine import peak_memory, precision, use_device
-from oneblock.train.nonfinite import MOST, Guard, told
+from oneblock.train.loop import Metrics, Observe, State, progress_of, train
+from oneblock.train.machine import peak_memory, precision
+from oneblock.train.nonfinite import MAX_NONFINITE_STEPS, NonfiniteLog, describe_step
 from oneblock.train.options import Train
 from oneblock.train.preflight import Estimate, estimate
-from oneblock.train.prepare import Job, dropout_of
+from oneblock.train.prepare import Job
 from oneblock.train.progress import Progress, ProgressDisplay
 from oneblock.train.run import Log
-
-
-def fresh(job: Job, options: Train, world: World | None = None) -> State:
-    """The state of step 0: random weights, or those of --init; each rank gets its part."""
-    if job.init is None:
-        model = Decoder(job.spec)
-        init_weights(model, options.loop.seed, options.start.zero_init_residual, options.start.embed_std)
-    else:
-        loaded = load_model(job.init, torch.float32).model  # its weights are pages of the file
-        model = Decoder(loaded.spec)
-        model.load_state_dict(loaded.state_dict())
-    model = model.to(use_device(options.loop.device))
-    model = parallelize.parallelize(model, world or World())
-    return start(model, options.optimizer)
+from oneblock.train.task import evaluate
 
 
 @contextmanager
-def stopping(state: State) -> Iterator[None]:
+def stop_on_signals(state: State) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP end the run after the current step; a second Ctrl-C ends it at once."""
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
@@ -83,16 +65,16 @@ def stopping(state: State) -> Iterator[None]:
 
 
 @contextmanager
-def averaged(state: State) -> Iterator[None]:
-    """Inside, the model has the averaged weights; one tensor at a time changes places, so none is held twice."""
+def use_ema_weights(state: State) -> Iterator[None]:
+    """Swap the trained parameters with their moving averages inside the block, one tensor at a time."""
 
     @torch.no_grad()
     def swap() -> None:
-        found = dict(state.model.named_parameters())
+        parameters = dict(state.named_parameters())
         for name, mean in (state.ema or {}).items():
-            held = found[name].clone()
-            found[name].copy_(mean)
-            mean.copy_(held)
+            weight = parameters[name].clone()
+            parameters[name].copy_(mean)
+            mean.copy_(weight)
 
     swap()
     try:
@@ -102,7 +84,7 @@ def averaged(state: State) -> Iterator[None]:
 
 
 class Trainer:
-    """Looks at a run while it goes: logs, validates, samples, saves."""
+    """Trains a state and, between steps, logs, validates, samples and saves."""
 
     def __init__(
         self,
@@ -118,35 +100,30 @@ class Trainer:
         self.world = world or World()
         self.log = Log(run, state.step, silent=not self.world.is_main)
         self.loggers = open_loggers(run, options, state.step) if self.world.is_main else []
-        self.guard = Guard(run)
+        self.nonfinite = NonfiniteLog(run)
         self.device = torch.device(options.loop.device)
         self.plan = plan or estimate(job, options, self.world)
-        # Tokens per second if every device did products alone, at its peak
+        # Tokens per second if every device only multiplied matrices, at its peak
         self.peak = self.plan.peak * self.world.size / flops.train(job.spec, job.context)
-        self.saved = state.step if state.step else None  # the step of the newest checkpoint
+        self.saved = state.step if state.step else None  # step of the newest checkpoint
         watch = options.watch
         background = watch.async_save == "on" or (watch.async_save == "auto" and self.device.type == "cuda")
         self.saver = checkpoint.Saver(run, job.tokenizer, job.fingerprint, watch.keep, background)
-        self.also: Observe | None = None
+        self.on_step: Observe | None = None
         self.val: float | None = None
-        self.window = (state.tokens, time.perf_counter())  # when the last reading was taken
+        self.window = (state.tokens, time.perf_counter())  # tokens and time at the last log line
 
-    def go(self, also: Observe | None = None) -> bool:
-        """Train to the end, or until asked to stop; whether it came to the end. Saved in either case.
+    def go(self, on_step: Observe | None = None) -> bool:
+        """Train to the end or to a stop signal, save, and return whether the run is finished.
 
-        `also` is called after every step, before this session's own looks.
+        `on_step` is called after every step, before validation, samples and checkpoints.
         """
-        self.also = also
-        options, world = self.options, self.world
-        pin, workers = options.loop.device.startswith("cuda"), options.loop.workers
-        batches = BatchLoader(self.job.rows(options.loop), world.data_rank, world.data_ranks, workers, pin)
-        dropout = dropout_of(options.dropouts)
-        learner = learner_for(self.state.model, options.loop, options.objective, dropout, world)
-        with self.show, self.closing(), batches, stopping(self.state):
-            how = (options.loop, options.optimizer, options.schedule)
-            train(self.state, batches, parallelize.wrap_ddp(learner, world), *how, self.observe, self.world)
-            self.inspect()
-            finished = done(self.state, options.loop) >= 1
+        self.on_step = on_step
+        options = self.options
+        with self.show, self.close_after(), stop_on_signals(self.state):
+            train(self.state, options.loop, options.optimizer, options.schedule, self.observe, self.world)
+            self.check_finite()
+            finished = progress_of(self.state, options.loop) >= 1
             if self.saved != self.state.step:
                 self.save()
             self.saver.wait()
@@ -154,29 +131,31 @@ class Trainer:
         return finished
 
     @contextmanager
-    def closing(self) -> Iterator[None]:
-        """However the run ends, what was measured is on the disk."""
+    def close_after(self) -> Iterator[None]:
+        """Close loggers and loaders however the run ends, so that everything measured is on disk."""
         try:
             yield
         finally:
-            self.saver.linger()
+            self.saver.wait_briefly()
+            self.state.task.close()
             for logger in self.loggers:
                 logger.close()
 
     def observe(self, state: State, metrics: Metrics) -> None:
-        watch, last = self.options.watch, done(state, self.options.loop) >= 1
+        """After each step: what is due by the intervals of the options."""
+        watch, is_last = self.options.watch, progress_of(state, self.options.loop) >= 1
 
         def due(every: int) -> bool:
-            return bool(every) and (last or state.step % every == 0)
+            return bool(every) and (is_last or state.step % every == 0)
 
-        self.guard.add(metrics)
+        self.nonfinite.add(metrics)
         if self.device.type == "cpu" or due(watch.log_every) or due(watch.save_every):
-            self.inspect()
+            self.check_finite()
         if due(watch.log_every):
-            self.read(metrics)
+            self.log_metrics(metrics)
         began = time.perf_counter()
-        if self.also is not None:
-            self.also(state, metrics)
+        if self.on_step is not None:
+            self.on_step(state, metrics)
         if due(watch.eval_every) and self.job.val is not None:
             self.validate()
         if due(watch.sample_every):
@@ -184,123 +163,120 @@ class Trainer:
             self.show.note(text + "\n", "dim")
             for logger in self.loggers:
                 logger.text(state.step, text)
-        if due(watch.save_every) and not last:
+        if due(watch.save_every) and not is_last:
             self.save()
-        tokens, at = self.window  # what was done aside does not count as training time
+        tokens, at = self.window  # throughput leaves out the time of everything but training
         self.window = (tokens, at + time.perf_counter() - began)
 
-    # ------------------------------------------------------------------ looking
+    # ------------------------------------------------------------------ metrics
 
-    def read(self, metrics: Metrics) -> None:
-        loss, norm, tokens, at = float(metrics.loss), float(metrics.grad_norm), *self.window
+    def log_metrics(self, metrics: Metrics) -> None:
+        """Log a row of metrics and update the progress display. On a GPU this waits for the step."""
+        loss, tokens, at = float(metrics.loss), *self.window
         now = time.perf_counter()
         self.window = (self.state.tokens, now)
         speed = (self.state.tokens - tokens) / max(now - at, 1e-9)
         machine = {"speed": speed, "mfu": speed / self.peak, "memory": peak_memory(self.device)}
-        self.add(
-            {"step": metrics.step, "loss": loss, "lr": metrics.lr, "grad_norm": norm, "tokens": self.state.tokens}
-            | {"seconds": metrics.seconds, **machine, **self.experts(metrics.step, metrics.aux_metrics)}
-        )
-        progress = done(self.state, self.options.loop)
+        row = {"step": metrics.step, "loss": loss, "lr": metrics.lr, "grad_norm": float(metrics.grad_norm)}
+        row |= {"tokens": self.state.tokens, "seconds": metrics.seconds, **machine}
+        self.add_row(row | self.aux_metrics(metrics.step, metrics.aux_metrics))
+        progress = progress_of(self.state, self.options.loop)
         left = metrics.seconds / progress * (1 - progress)
-        status = Progress(metrics.step, min(progress, 1.0), loss, left=left, **machine)
-        self.show.update(status, metrics.seconds)
+        self.show.update(Progress(metrics.step, min(progress, 1.0), loss, left=left, **machine), metrics.seconds)
 
-    def experts(self, step: int, seen: dict[str, Tensor]) -> dict[str, float]:
-        """How evenly experts are used; nothing where there are none."""
-        found = {"load_balancing_loss": float(seen["load_balancing_loss"])} if "load_balancing_loss" in seen else {}
-        if (load := seen.get("load")) is None:
-            return found
-        for logger in self.loggers:
-            logger.load(step, load)
-        return {**found, "max_load": float(load.max()), "min_load": float(load.min())}
+    def aux_metrics(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """The task's scalar metrics, and the extremes of the experts' load."""
+        row = {key: float(value) for key, value in metrics.items() if value.dim() == 0}
+        if (load := metrics.get("load")) is not None:
+            for logger in self.loggers:
+                logger.load(step, load)
+            row |= {"max_load": float(load.max()), "min_load": float(load.min())}
+        return row
 
-    def add(self, row: dict[str, float]) -> None:
-        """A line of the log, here and wherever else it goes."""
+    def add_row(self, row: dict[str, float]) -> None:
         row = self.log.add(row)
         for logger in self.loggers:
             logger.add(row)
 
-    def inspect(self) -> None:
-        """Write down the steps since the last look that were no number, and stop the run where that was asked for."""
-        bad = self.guard.look()
+    def check_finite(self) -> None:
+        """Record steps with a NaN or Inf loss or gradient, and stop the run if the options say so."""
+        bad = self.nonfinite.take()
         if not bad:
             return
         if self.world.is_main:
-            self.guard.write(bad)
-        lost = len(self.guard.streak) >= MOST
-        if self.options.loop.nonfinite == "stop" or lost:
-            self.halt(bad[0], lost)
+            self.nonfinite.write(bad)
+        gives_up = len(self.nonfinite.streak) >= MAX_NONFINITE_STEPS
+        if self.options.loop.nonfinite == "stop" or gives_up:
+            self.stop_nonfinite(bad[0], gives_up)
         for metrics in bad:
-            self.show.note(f"{told(metrics)}; skipped, see {self.guard.path}", "yellow")
+            self.show.note(f"{describe_step(metrics)}; skipped, see {self.nonfinite.path}", "yellow")
 
-    def halt(self, first: Metrics, lost: bool) -> None:
-        """Save the weights as they were before the bad steps, so that a resumed run meets these again; and end."""
-        for metrics in self.guard.streak:
+    def stop_nonfinite(self, first: Metrics, gives_up: bool) -> None:
+        """Save the state before the NaN or Inf steps, which a resumed run repeats, and raise OneblockError."""
+        for metrics in self.nonfinite.streak:
             self.state.step -= 1
             self.state.tokens -= metrics.tokens
         self.save()
         if self.world.is_main:
-            self.picture()
-        tried = f", as in all of the last {MOST} steps" if lost else ""
-        skip = "" if lost else f", or pass it: oneblock train --resume {self.run} --nonfinite skip"
+            self.plot()
+        since = f", as in each of the last {MAX_NONFINITE_STEPS} steps" if gives_up else ""
+        skip = "" if gives_up else f", or skip the step: oneblock train --resume {self.run} --nonfinite skip"
         raise OneblockError(
-            f"{told(first)}{tried} ({self.guard.path}). The weights of step {self.state.step:,} are saved: "
-            f"begin anew with a lower --lr or a longer --warmup{skip}"
+            f"{describe_step(first)}{since} ({self.nonfinite.path}). The weights of step {self.state.step:,} are "
+            f"saved: start a run with a lower --lr or a longer --warmup{skip}"
         )
 
     def validate(self) -> None:
+        """Log the validation loss, and that of the EMA weights if there are any."""
         assert self.job.val is not None
-        state, self.val = self.state, self.held_out(self.job.val)
-        row, more = {"step": state.step, "val": self.val}, ""
+        state, self.val = self.state, self.validation_loss(self.job.val)
+        row, note = {"step": state.step, "val": self.val}, ""
         if state.ema is not None:
-            with averaged(state):
-                row["val_ema"] = self.held_out(self.job.val)
-            more = f", of the averaged weights {row['val_ema']:.4f}"
-        self.add({**row, "tokens": state.tokens, "seconds": state.seconds})
-        self.show.note(f"step {state.step:>6,}  validation loss {self.val:.4f}{more}", "bold")
+            with use_ema_weights(state):
+                row["val_ema"] = self.validation_loss(self.job.val)
+            note = f", of the EMA weights {row['val_ema']:.4f}"
+        self.add_row({**row, "tokens": state.tokens, "seconds": state.seconds})
+        self.show.note(f"step {state.step:>6,}  validation loss {self.val:.4f}{note}", "bold")
 
-    def held_out(self, ids: Tokens) -> float:
-        """The loss on the validation text, or on its first batches."""
-        options = self.options
-        batches: Iterator[Batch] = sequential_batches(
-            ids, self.job.context, options.loop.batch_size, self.job.documents
-        )
-        if options.watch.eval_batches:
-            batches = islice(batches, options.watch.eval_batches)
-        shared = deal_batches(batches, self.world)
-        found = evaluate(self.state.model, shared, precision(options.loop), total=self.world.all_reduce_sum)
-        parallelize.reshard(self.state.model)
-        return found
+    def validation_loss(self, ids: Tokens) -> float:
+        """The next-token loss on the validation ids, or on their first `eval_batches` batches."""
+        loop, job = self.options.loop, self.job
+        batches: Iterator[Batch] = sequential_batches(ids, job.context, loop.batch_size, job.documents)
+        if self.options.watch.eval_batches:
+            batches = islice(batches, self.options.watch.eval_batches)
+        dealt = deal_batches(batches, self.world)
+        loss = evaluate(self.state.model, dealt, precision(loop), total=self.world.all_reduce_sum)
+        reshard(self.state.model)
+        return loss
 
     def sample(self, prompt: str, tokens: int) -> str:
-        """What the model writes now, the prompt included; nothing where its weights are spread over ranks."""
+        """The prompt and a continuation by the current model; empty where the weights are sharded."""
         if not self.world.is_main or not self.world.has_full_weights:
             return ""
         llm = LLM(self.state.model, self.job.tokenizer)
         ids = self.job.prompt_ids(prompt)
-        room = max(1, min(tokens, self.job.spec.context - len(ids)))
-        with torch.compiler.set_stance("force_eager"):  # a cache's shapes would be compiled one by one
-            reply = llm.generate(ids, max_tokens=room, temperature=0.8, seed=self.options.loop.seed)
+        max_tokens = max(1, min(tokens, self.job.spec.context - len(ids)))
+        with torch.compiler.set_stance("force_eager"):  # each length of the KV cache would be compiled
+            reply = llm.generate(ids, max_tokens=max_tokens, temperature=0.8, seed=self.options.loop.seed)
         return prompt + (reply.text or "")
 
-    # ------------------------------------------------------------------ keeping
+    # ------------------------------------------------------------------ files
 
     def save(self) -> None:
         self.saver.save(self.state)
         self.saved = self.state.step
 
     def finish(self, finished: bool) -> None:
-        """What a run leaves beside its checkpoints: pictures, a report, and the averaged model where there is one."""
+        """Write the EMA weights of a finished run, plots and the report."""
         state, watch = self.state, self.options.watch
         if finished and state.ema is not None and self.world.is_main and self.world.has_full_weights:
-            with averaged(state), replace_model_folder(self.run / "ema") as new:
+            with use_ema_weights(state), replace_model_folder(self.run / "ema") as new:
                 write_model(new, state.model)
                 self.job.tokenizer.save(new)
         sample = self.sample(watch.prompt, watch.sample_tokens) if finished else None
         if self.world.is_main:
-            self.picture()
+            self.plot()
             report.write(self, sample)
 
-    def picture(self) -> Path:
+    def plot(self) -> Path:
         return self.log.picture(f"{self.options.model}, {params.total(self.job.spec):,} parameters")
