@@ -22,7 +22,7 @@ from oneblock.infer.llm import load
 from oneblock.train.build import build_state
 from oneblock.train.loggers import run_id
 from oneblock.train.loop import Metrics, State
-from oneblock.train.nonfinite import MOST
+from oneblock.train.nonfinite import MAX_NONFINITE_STEPS
 from oneblock.train.options import Loop, Optimizer, Schedule, Sizes, Train, Watch
 from oneblock.train.preflight import measure_peak
 from oneblock.train.prepare import prepare
@@ -164,7 +164,7 @@ def test_a_bad_batch_stops_the_run_with_the_weights_before_it(
     with pytest.raises(OneblockError) as caught:
         session.go(poison)
     said = str(caught.value)
-    assert said.startswith(f"step {bad}: the loss is nan") and "\n" not in said
+    assert said.startswith(f"NaN or Inf in step {bad}: loss nan") and "\n" not in said
     assert f"batch {bad - 1} " in said and "nonfinite.jsonl" in said and "--nonfinite skip" in said
     (row,) = rows(run / "nonfinite.jsonl")
     assert (row["step"], row["batches"], row["loss"]) == (bad, [bad - 1], "nan")
@@ -177,10 +177,10 @@ def test_a_bad_batch_stops_the_run_with_the_weights_before_it(
 
     # The same batch again, which is told to stop again; then past it
     assert main(["train", "--resume", str(run)]) == 1
-    assert f"error: step {bad}: the loss is nan" in capsys.readouterr().err
+    assert f"error: NaN or Inf in step {bad}: loss nan" in capsys.readouterr().err
     assert main(["train", "--resume", str(run), "--nonfinite", "skip"]) == 0
     out = capsys.readouterr().out
-    assert f"step {bad}: the loss is nan" in out and "skipped" in out
+    assert f"NaN or Inf in step {bad}: loss nan" in out and "skipped" in out
     found = rows(run / "nonfinite.jsonl")
     assert [row["step"] for row in found[:3]] == [bad] * 3
     assert (run / "latest").resolve().name == "step-000030"
@@ -221,8 +221,8 @@ def test_without_hope_it_stops_also_when_skipping(
     flags += ["--lr", "1e30", "--max-grad-norm", "0", "--dtype", "float32", "--eval-every", "0", "--warmup", "0"]
     assert main(["train", "--data", data, "--out", str(run), *flags, "--nonfinite", "skip", "--no-tensorboard"]) == 1
     said = capsys.readouterr().err
-    assert f"all of the last {MOST} steps" in said and said.count("\n") == 1
-    assert len(rows(run / "nonfinite.jsonl")) == MOST
+    assert f"all of the last {MAX_NONFINITE_STEPS} steps" in said and said.count("\n") == 1
+    assert len(rows(run / "nonfinite.jsonl")) == MAX_NONFINITE_STEPS
     assert (run / "loss.png").exists()
 
 
