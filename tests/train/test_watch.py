@@ -221,7 +221,7 @@ def test_without_hope_it_stops_also_when_skipping(
     flags += ["--lr", "1e30", "--max-grad-norm", "0", "--dtype", "float32", "--eval-every", "0", "--warmup", "0"]
     assert main(["train", "--data", data, "--out", str(run), *flags, "--nonfinite", "skip", "--no-tensorboard"]) == 1
     said = capsys.readouterr().err
-    assert f"all of the last {MAX_NONFINITE_STEPS} steps" in said and said.count("\n") == 1
+    assert f"each of the last {MAX_NONFINITE_STEPS} steps" in said and said.count("\n") == 1
     assert len(rows(run / "nonfinite.jsonl")) == MAX_NONFINITE_STEPS
     assert (run / "loss.png").exists()
 

@@ -83,7 +83,9 @@ def parallelize_submodules(parent: nn.Module, world: World) -> None:
         raise OneblockError(f"{type(parent).__name__} has direct parameters: put them into a submodule")
     for name, child in list(parent.named_children()):
         if isinstance(child, Decoder):
-            setattr(parent, name, parallelize(child, world))
+            is_trained = any(p.requires_grad for p in child.parameters())  # sharding creates new parameters
+            new = parallelize(child, world)
+            setattr(parent, name, new if is_trained else new.requires_grad_(False))
         elif not world.uses_ddp and world.grad_divisor > 1:
             fully_shard(child, mesh=fsdp_mesh(world))
 
