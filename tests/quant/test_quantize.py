@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oneblock
 from oneblock.cli import main
@@ -35,6 +37,8 @@ from oneblock.quant.modules import QuantizedExperts
 from oneblock.quant.quantize import QuantConfig, quantize, round_to_nearest
 from oneblock.spec import get_spec
 from oneblock.store import load_model
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def small(family: str, **sizes: int) -> Decoder:
@@ -143,22 +147,32 @@ def test_gptq_output_error_is_smaller() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("bits", [QuantConfig(8), QuantConfig(4, 32), QuantConfig(8, fp8=True)], ids=["8", "4", "fp8"])
 def test_a_saved_quantized_model_loads_bit_for_bit(family: str, bits: QuantConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     model = small(family)
     ids = torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model(ids)
-        found = quantize(model, bits)(ids)
+        quantized = quantize(model, bits)(ids)
     assert any(isinstance(m, Float8Linear if bits.fp8 else QuantizedLinear) for m in model.modules())
     assert (family in ("mixtral", "gpt_oss")) == any(isinstance(m, QuantizedExperts) for m in model.modules())
-    assert (found - exact).norm() / exact.norm() < (0.5 if bits.bits == 4 else 0.15 if bits.fp8 else 0.05)
+    assert (quantized - exact).norm() / exact.norm() < (0.5 if bits.bits == 4 else 0.15 if bits.fp8 else 0.05)
     LLM(model, generation_config={"temperature": 0.5}).save(tmp_path / "quantized")
     back = oneblock.load(tmp_path / "quantized")
     assert back.generation_config == {"temperature": 0.5}
     with torch.no_grad():
-        assert torch.equal(back.model(ids), found)
+        assert torch.equal(back.model(ids), quantized)
     assert back.spec == model.spec
 
 
+def test_fp8_gemm_can_be_traced() -> None:
+    """On a GPU's fake tensors, as torch.compile does."""
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        layer = Float8Linear(48, 64, torch.empty(48, dtype=torch.bfloat16))
+        y = layer.forward_scaled_mm(torch.empty(2, 3, 64, dtype=torch.bfloat16))
+    assert (y.shape, y.dtype, y.device.type) == ((2, 3, 48), torch.bfloat16, "cuda")
+
+
+@pytest.mark.skipif(TORCH < (2, 13), reason="torch's CPU implementation has no scale per row")
 def test_fp8_gemm() -> None:
     """The GPU's operator, by its CPU implementation."""
     torch.manual_seed(0)
@@ -201,10 +215,10 @@ def test_calibration_beats_rounding_to_nearest() -> None:
     layers: list[int] = []
     with torch.no_grad():
         exact = model(ids)
-        found = calibrate(model, QuantConfig(4, 32), ids, layers.append)(ids)
+        calibrated = calibrate(model, QuantConfig(4, 32), ids, layers.append)(ids)
         nearest = quantize(other, QuantConfig(4, 32))(ids)
     assert layers == [1, 2]
-    assert (found - exact).norm() < (nearest - exact).norm()
+    assert (calibrated - exact).norm() < (nearest - exact).norm()
 
 
 def test_loss_of_a_trained_model(data: Path) -> None:
@@ -251,19 +265,19 @@ def test_a_quantized_folder_is_refused_for_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda x: x.pop("norm.weight"), "'norm.weight' is missing; quantize the original model again"),
         (lambda x: x.update(more=torch.zeros(1)), "'more' has no place in this model"),
         (lambda x: x.update({"norm.weight": torch.zeros(3)}), r"'norm.weight' has shape \[3\], not \[64\]"),
     ],
 )
-def test_a_damaged_quantized_folder_is_refused(change, said: str, tmp_path: Path) -> None:
+def test_a_damaged_quantized_folder_is_refused(change, message: str, tmp_path: Path) -> None:
     LLM(quantize(small("llama"), QuantConfig(8))).save(tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    change(held)
-    save_file(held, tmp_path / "model.safetensors")
-    with pytest.raises(OneblockError, match=said):
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(OneblockError, match=message):
         oneblock.load(tmp_path)
 
 
@@ -274,7 +288,7 @@ def test_wrong_options_are_refused(data: Path, tmp_path: Path, capsys: pytest.Ca
         ({"bits": 4, "group": 48}, "int4 groups of 48 columns: choose 32, 64 or 128"),
     ):
         with pytest.raises(OneblockError, match=message):
-            QuantConfig(**options)
+            QuantConfig(**options)  # type: ignore[arg-type]
     for flags, message in (
         (["--bits", "4", "--fp8"], "fp8 with 4 bits"),
         (["--bits", "8", "--calibrate", "x"], "--calibrate is for int4, not int8"),
@@ -359,7 +373,7 @@ def test_a_full_disk_is_one_line(
 @pytest.mark.parametrize("config", [QuantConfig(8), QuantConfig(4, 32), QuantConfig(8, fp8=True)], ids=str)
 def test_quantized_experts_compile(config: QuantConfig) -> None:
     """As one graph, also for a copy of the module, whose weights are its own."""
-    experts = quantize(small("mixtral"), config).blocks[0].mlp.experts
+    experts: Any = quantize(small("mixtral"), config).blocks[0].mlp.experts
     x, expert = torch.randn(6, 64), torch.tensor([0, 0, 2, 3, 3, 3])
     for module in (experts, copy.deepcopy(experts)):
         if module is not experts:

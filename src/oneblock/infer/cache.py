@@ -259,7 +259,7 @@ class KVCache:
             sizes = [self._sizes[self._layer_kinds.index(kind)] for kind in self._distinct_kinds]
             self._graph_positions = [self._slot_positions(size) for size in sizes]
         self._graph_length = self._length + self._new
-        keys, values = ([x for x in layers if x is not None] for layers in (self._keys, self._values))
+        keys, values = ([x or () for x in layers] for layers in (self._keys, self._values))
         return keys, values, self._graph_positions
 
     @staticmethod

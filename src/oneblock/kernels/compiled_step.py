@@ -31,7 +31,11 @@ class GraphCache(Cache, Protocol):
 
     kinds: list[int]  # which tensor of positions each layer uses
     dtype: torch.dtype
-    static_view: Callable[[CacheTensors, Tensor, list[int]], Cache]  # the cache inside the graph: (.., column, kinds)
+
+    @property
+    def static_view(self) -> Callable[[CacheTensors, Tensor, list[int]], Any]:
+        """The class of the cache inside the graph, built from (tensors, column, kinds)."""
+        ...
 
     def tensors(self) -> CacheTensors:
         """Keys and values of each layer, and positions of each kind of layer; other tensors once it was resized."""
@@ -45,12 +49,12 @@ def decode_step(
     positions: Tensor,
     column: Tensor,
     tensors: CacheTensors,
-    view: Callable[..., Cache],
+    view: Callable[..., Any],
     kinds: list[int],
 ) -> Tensor:
     """Logits (B, V) of one token per row. `program` encodes all other specialisation: the only guard checked."""
     assert program  # dynamo guards only what is used
-    cache = view(tensors, column, kinds)
+    cache: Cache = view(tensors, column, kinds)
     return model.logits(model.hidden_states(ids, positions=positions, cache=cache)[:, -1])
 
 
@@ -83,7 +87,7 @@ class CompiledStep:
         for x in (ids, positions):
             mark_dynamic(x)
         batched = f"{len(ids) > 1} {len(positions) > 1} {len(key_positions[0]) > 1}"
-        program = f"{self.program_id} {batched} {cache.dtype} {len(keys[0])}"
+        program = f"{self.program_id} {batched} {cache.dtype} {max(map(len, keys))}"
         logits = self.graph(program, self.model, ids, positions, column, tensors, cache.static_view, cache.kinds)
         cache.end()
         return logits

@@ -35,7 +35,6 @@ KernelWeight = tuple[Hashable, Tensor, Tensor | None, Tensor | None, Tensor | No
 class KernelLinear(Protocol):
     """A linear layer whose class declares the C++ GEMM."""
 
-    kernel_class: ClassVar[type[Any]]  # the declaring class itself, set by `uses_gemm_kernel`
     max_rows: ClassVar[float]  # rows of x up to which the kernel is the faster one
     in_features: int
     out_features: int

@@ -219,12 +219,12 @@ class ForwardContext:
     ) -> Tensor:
         """Which keys each query sees, bool (B or 1, 1, T, S); of the queries `rows` and keys `cols` only if given."""
         if rows is None or cols is None:
-            return self.once("mask", lambda: self._build_mask(spec, layer), spec.window, spec.chunk)
+            all_columns = slice(0, None)  # built here, as torch 2.11 cannot trace a slice in a default argument
+            build = lambda: self._build_mask(spec, layer, all_columns, all_columns)  # noqa: E731
+            return self.once("mask", build, spec.window, spec.chunk)
         return self._build_mask(spec, layer, rows, cols)  # not kept: all blocks would be quadratic in memory
 
-    def _build_mask(
-        self, spec: s.Attention, layer: int, rows: slice = slice(None), cols: slice = slice(None)
-    ) -> Tensor:
+    def _build_mask(self, spec: s.Attention, layer: int, rows: slice, cols: slice) -> Tensor:
         q, k = self.positions[:, rows], self.key_positions(layer)[:, cols]
         mask = build_attention_mask(q[:, :, None], k[:, None, :], spec.window, spec.chunk)
         if self.documents is not None:

@@ -107,7 +107,7 @@ class QuantizedLinear(nn.Module):
         sizes = [self.out_features, self.in_features]
         sizes[dim] = size
         with torch.device("meta"):
-            new = QuantizedLinear(*sizes, self.group)
+            new = QuantizedLinear(sizes[0], sizes[1], self.group)
         new.qweight = take(self.qweight, 32 // self.bits)
         new.scale = self.scale.clone() if dim == COLUMNS else take(self.scale, 1)
         new.group_params = None if self.group_params is None else take(self.group_params, self.group)
@@ -147,7 +147,8 @@ class Float8Linear(nn.Module):
         """fp8 GEMM, activations in fp8 too, with a scale per token."""
         q, scale = quantize_float8(x.flatten(0, -2))
         # not F.scaled_mm, which torch 2.11 cannot trace
-        y = torch._scaled_mm(q, self.qweight.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=x.dtype)
+        gemm = torch.ops.aten._scaled_mm
+        y = gemm(q, self.qweight.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=x.dtype)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.type_as(y)
 
@@ -158,7 +159,7 @@ class Float8Linear(nn.Module):
     def slice(self, dim: int, part: slice) -> Float8Linear:
         qweight = self.qweight[part] if dim == ROWS else self.qweight[:, part]
         with torch.device("meta"):
-            new = Float8Linear(*qweight.shape)
+            new = Float8Linear(qweight.shape[0], qweight.shape[1])
         new.qweight = qweight.clone()
         new.scale = (self.scale[part] if dim == ROWS else self.scale).clone()
         new.bias = slice_bias(self.bias, dim, part)

@@ -103,8 +103,9 @@ def replace_linears(root: nn.Module, config: QuantConfig, set_weight: SetWeight)
 
     def quantize_matrix(name: str, weight: Tensor, bias: Tensor | None) -> QuantizedLayer:
         with weight.device:
+            rows, columns = weight.shape
             group = config.group if config.bits == 4 else 0
-            new = Float8Linear(*weight.shape, bias) if config.fp8 else QuantizedLinear(*weight.shape, group, bias)
+            new = Float8Linear(rows, columns, bias) if config.fp8 else QuantizedLinear(rows, columns, group, bias)
         set_weight(name, new, weight.detach())
         return new
 
