@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, T, heads, D)."""
-        return x.unflatten(-1, (-1, self.spec.head_dim))
+        return x.view(*x.shape[:-1], -1, self.spec.head_dim)
 
 
 def attention_temperature(positions: Tensor, floor: float, slope: float) -> Tensor:
