@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from oneblock.data.packed import IGNORE_INDEX, Batch
 from oneblock.errors import OneblockError
+from oneblock.kernels.attention.backend import FastAttention
+from oneblock.kernels.fast_model import GroupedExperts
 from oneblock.model import Decoder, Dropout, init_weights
+from oneblock.model.decoder import Block
+from oneblock.model.mlp import Moe
 from oneblock.parallel.tensor_parallel import RowParallelLinear
 from oneblock.parallel.world import World
 from oneblock.plan.activations import ActivationCheckpointing
@@ -27,7 +31,7 @@ from oneblock.train.cross_entropy import cross_entropy, token_logprobs
 from oneblock.train.load_balancing import Routing
 from oneblock.train.loop import ModelWithLoss, State, TrainStep, start
 from oneblock.train.options import Loop, Objective, Optimizer, Schedule
-from oneblock.train.task import Pretraining
+from oneblock.train.task import Pretraining, Task
 
 
 def decoder(family: str = "llama", **changes: object) -> Decoder:
@@ -452,3 +456,21 @@ def test_recomputed_gradients_are_the_same(family: str, mode: ActivationCheckpoi
         torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-6, rtol=1e-5)
     if mode == "full":
         assert kept[1] < kept[0]
+
+
+def test_training_uses_fast_kernels_and_casts_inputs_once_under_autocast() -> None:
+    model = Decoder(get_spec("mixtral", vocab=16, dim=16, n_layers=1, n_heads=2, hidden_dim=16, context=16))
+    for _ in range(2):
+        model = transform_model(ModelWithLoss(model, Task()).model, Loop())
+    block = model.blocks[0]
+    assert isinstance(block, Block) and isinstance(block.mlp, Moe)
+    assert isinstance(model.attention_backend, FastAttention)
+    assert isinstance(block.mlp.experts, GroupedExperts)
+    assert len(block.attn._forward_pre_hooks) == len(block.mlp._forward_pre_hooks) == 1
+    dtypes: list[torch.dtype] = []
+    for linear in (block.attn.wq, block.attn.wk, block.mlp.router):
+        linear.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(torch.arange(16)[None])
+    assert dtypes == [torch.bfloat16] * 3 + [torch.float32] * 3

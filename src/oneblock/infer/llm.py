@@ -24,8 +24,10 @@ from oneblock.infer.speculate import SpeculativeDecoder, SpeculativeStats
 from oneblock.infer.stop import FinishReason, Reply
 from oneblock.infer.structured_output import CompiledGrammar, StructuredOutput
 from oneblock.kernels.build import has_compiler
+from oneblock.kernels.fast_model import use_fast_kernels
 from oneblock.kernels.huge_pages import BREAK_EVEN_TOKENS, PROMPT_TOKENS, move_to_huge_pages
 from oneblock.model import Decoder
+from oneblock.model.context import reference_attention
 from oneblock.parallel.process_group import ProcessGroup
 from oneblock.quant.quantize import quant_config
 from oneblock.spec import Spec
@@ -78,6 +80,8 @@ class LLM:
         generation_config: Mapping[str, Any] | None = None,
         layout: Layout | None = None,
     ):
+        if model.attention_backend is reference_attention:
+            use_fast_kernels(model)
         self.model, self.tokenizer = model, tokenizer
         self.config, self.generation_config = dict(config or {}), dict(generation_config or {})
         self._layout = layout  # tensor names and shards of the folder, for `save`

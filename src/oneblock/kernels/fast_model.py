@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from oneblock.kernels.attention.backend import FastAttention
 from oneblock.kernels.substitution import as_subclass
 from oneblock.model import Decoder
+from oneblock.model.context import reference_attention
 from oneblock.model.mlp import Experts, Moe
 
 
@@ -41,14 +42,21 @@ def use_fast_kernels(model: Decoder, cpu_operators: bool = False) -> None:
             module.experts = cast(Experts, as_subclass(module.experts, GroupedExperts))
 
 
-def cast_for_autocast(model: Decoder) -> None:
-    """Cast each sublayer's input to the autocast dtype once, and not again in each of its linear layers."""
+def prepare_for_training(model: Decoder) -> None:
+    """Use fast kernels, and cast each sublayer's input to the autocast dtype once instead of in each linear layer.
+
+    In place; before activation checkpointing, sharding and compilation. Does nothing the second time.
+    """
+    if model.attention_backend is reference_attention:
+        use_fast_kernels(model)
     for block in model.blocks:
-        for sublayer in (block.attn, block.mlp):
-            sublayer.register_forward_pre_hook(_cast_input)  # type: ignore[union-attr]
+        for sublayer in cast(list[nn.Module], [block.attn, block.mlp]):
+            if cast_for_autocast not in sublayer._forward_pre_hooks.values():
+                sublayer.register_forward_pre_hook(cast_for_autocast)
 
 
-def _cast_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def cast_for_autocast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A forward pre-hook that casts a sublayer's input where autocast is enabled."""
     device = args[0].device.type
     if not torch.is_autocast_enabled(device):
         return None

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from oneblock.data.loader import BatchLoader
 from oneblock.errors import OneblockError, missing_extra
 from oneblock.kernels.build import has_compiler, use_compile_cache
+from oneblock.kernels.fast_model import prepare_for_training
 from oneblock.kernels.substitution import as_subclass
 from oneblock.model import Decoder, init_weights
 from oneblock.model.decoder import Block
@@ -63,7 +64,8 @@ def initial_model(job: Job, options: Train) -> Decoder:
 
 
 def transform_model(model: Decoder, loop: Loop, world: World | None = None) -> Decoder:
-    """Apply fp8, activation checkpointing, sharding and compilation, in that order. `compile` auto counts as off."""
+    """Use fast kernels, fp8, activation checkpointing, sharding, compilation, in that order; `compile` auto is off."""
+    prepare_for_training(model)
     if loop.fp8:
         convert_to_fp8(model)
     checkpoint_activations(model, loop.activation_checkpointing)

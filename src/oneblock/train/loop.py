@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from oneblock.data.batch_shards import shard_batch
 from oneblock.data.packed import Batch
 from oneblock.errors import OneblockError
+from oneblock.kernels.fast_model import prepare_for_training
 from oneblock.model import Decoder
 from oneblock.parallel.parallelize import reshard, wrap_ddp
 from oneblock.parallel.world import World
@@ -75,6 +76,7 @@ class ModelWithLoss(nn.Module):
 
     def __init__(self, model: Decoder, task: Task):
         super().__init__()
+        prepare_for_training(model)
         self.model, self.task = model, task
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
