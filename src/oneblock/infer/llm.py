@@ -382,7 +382,7 @@ def read_checkpoint(
         from oneblock.store.gguf import load_gguf  # needs the optional package gguf
 
         return load_gguf(path, dtype, device)
-    if quant := stored_quant_config(store.read_config(path)[1]):
+    if quant := stored_quant_config(path):
         return load_quantized(path, quant, dtype, device), load_tokenizer(path)
     return store.load_model(path, dtype, device), load_tokenizer(path)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,15 +22,14 @@ FORMAT = 2  # of the tensors' names and layouts
 FIX = "quantize the original model again"
 
 
-def stored_quant_config(config: Mapping[str, Any]) -> QuantConfig | None:
-    """The format that a config.json records; None if its weights are not quantized."""
-    section = config.get("quantization_config") or {}
+def stored_quant_config(folder: Path) -> QuantConfig | None:
+    """The format of a folder's weights; None if they are not quantized. OneblockError for an older format."""
+    section = read_config(folder)[1].get("quantization_config") or {}
     if section.get("quant_method") != QUANTIZED:
         return None
     if section.get("format") != FORMAT:
-        raise OneblockError(
-            f"its quantized format {section.get('format', 1)} is not format {FORMAT} of this version; {FIX}"
-        )
+        version = section.get("format", 1)
+        raise OneblockError(f"{folder}: its weights are in quantized format {version}, not {FORMAT}; {FIX}")
     return QuantConfig(section.get("bits", 8), section.get("group", 64), section.get("fp8", False))
 
 
