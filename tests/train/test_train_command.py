@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(text: Path, tmp_path: Path, capsy
         (["--context", "900", "--val-share", "0.5"], "fewer than one sequence"),
         (["--model", "lama"], "llama"),
         (["--tokenizer", "char"], "did you mean chars?"),
-        (["--tokenizer", "bpe", "--vocab", "100"], "vocabulary of 100"),
+        (["--tokenizer", "bpe", "--vocab", "100"], "vocab_size is 100"),
         (["--device", "gpu"], "--device"),
         (["--n-heads", "3"], "heads"),
         (["--val", "none.txt"], "cannot read none.txt"),
@@ -375,7 +375,8 @@ def test_numbers_out_of_range_are_refused(flag: str, tmp_path: Path, capsys: pyt
     path.write_text(f"{key} = {number}\n" if group is None else f"[{group}]\n{key} = {number}\n")
     assert "must be" in fails(["train", "--config", str(path)], capsys, code=2)
     with pytest.raises(OneblockError, match=key):
-        (groups[group] if group else Train)(**{key: (-1.0,) if key == "weights" else float(value)})
+        options: dict[str, Any] = {key: (-1.0,) if key == "weights" else float(value)}
+        (groups[group] if group else Train)(**options)
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"\x00\x01" * 99, "is not text")])

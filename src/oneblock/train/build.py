@@ -16,6 +16,7 @@ from oneblock.kernels.build import has_compiler, use_compile_cache
 from oneblock.kernels.fast_model import prepare_for_training
 from oneblock.kernels.substitution import as_subclass
 from oneblock.model import Decoder, init_weights
+from oneblock.model.context import ForwardContext
 from oneblock.model.decoder import Block
 from oneblock.model.mlp import Moe
 from oneblock.parallel.parallelize import parallelize, parallelize_submodules
@@ -102,16 +103,16 @@ KEPT_OPS = {
 class CheckpointedBlock(Block):
     """A block that keeps its input for the backward pass and recomputes its activations (arXiv:1604.06174)."""
 
-    def forward(self, *args: Any) -> Tensor:
-        return checkpoint(super().forward, *args, use_reentrant=False)
+    def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
+        return checkpoint(super().forward, x, ctx, layer, use_reentrant=False)
 
 
 class SelectivelyCheckpointedBlock(Block):
     """A block that keeps its input and the results of its matmuls and attention, and recomputes the others."""
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         contexts = partial(create_selective_checkpoint_contexts, keep_policy)
-        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(super().forward, x, ctx, layer, use_reentrant=False, context_fn=contexts)
 
 
 def keep_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

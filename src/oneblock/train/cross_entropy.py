@@ -28,7 +28,7 @@ VOCAB_CHUNK = 4096  # vocabulary rows per update of the head's gradient, whose f
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What turns the output of the LM head into logits: softcap(scale * y) / temperature."""
+    """The step from the output of the LM head to logits: softcap(scale * y) / temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -160,10 +160,10 @@ class ChunkedLogprobs(torch.autograd.Function):
                     output = head(leaf)
                 grad = logits_grad(output.detach(), targets[part], grads[0][part], grads[1][part], transform)
                 inputs = [leaf, *params] if needs_x else params
-                found = list(torch.autograd.grad(output, inputs, grad.to(output.dtype), allow_unused=True))
+                parts = list(torch.autograd.grad(output, inputs, grad.to(output.dtype), allow_unused=True))
                 if x_grad is not None:
-                    x_grad[part] = found.pop(0)
-                sums = [add_grad(a, b) for a, b in zip(sums, found, strict=True)]
+                    x_grad[part] = parts.pop(0)
+                sums = [add_grad(a, b) for a, b in zip(sums, parts, strict=True)]
         return x_grad, None, None, None, *sums
 
 
@@ -230,8 +230,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found, ctx.grads = ctx.grads, None  # the receiver of the last reference need not copy
-        return (*(None if g is None else g.mul_(grads[0].to(g.dtype)) for g in found), None, None, None, None)
+        computed, ctx.grads = ctx.grads, None  # the receiver of the last reference need not copy
+        return (*(None if g is None else g.mul_(grads[0].to(g.dtype)) for g in computed), None, None, None, None)
 
 
 class HeadGradients:

@@ -69,9 +69,10 @@ def prepare(options: Train, checkpoint: Path | None = None) -> Job:
             f"the validation text has {len(data.val):,} tokens, fewer than one sequence of {context:,} and its next "
             f"token: give --val FILES, a larger --val-share, more text or a smaller --context"
         )
-    mixed = (options.weights, options.documents)
     new = init if checkpoint is None else None
-    job = Job(spec, data.tokenizer, context, data.texts, data.val, data.fingerprint, *mixed, new)
+    job = Job(
+        spec, data.tokenizer, context, data.texts, data.val, data.fingerprint, options.weights, options.documents, new
+    )
     job.rows(options.loop)  # raises where the text is too short
     check_prompt(options, job)
     return job

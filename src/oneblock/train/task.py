@@ -48,7 +48,7 @@ class Task(nn.Module):
         """Release what prepares batches."""
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the task: trained parameters and buffers outside frozen submodules."""
+        """The part of a checkpoint that the task owns: trained parameters and buffers outside frozen submodules."""
         frozen = tuple(f"{name}." for name, module in self.named_modules() if name and is_frozen(module))
         state = self.state_dict(keep_vars=True).items()
         trained = {name: x for name, x in state if not isinstance(x, nn.Parameter) or x.requires_grad}
