@@ -276,7 +276,11 @@ def test_an_adapted_head_is_not_bypassed_by_the_loss() -> None:
     loss.backward()
     assert head.up.weight.grad is not None and head.base.weight.grad is None
     hooked = decoder("phi")
-    hooked.head.register_forward_hook(lambda module, args, y: 2.0 * y)
+
+    def double(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return 2 * y
+
+    hooked.head.register_forward_hook(double)
     x = hooked.hidden_states(data.ids)
     torch.testing.assert_close(cross_entropy(hooked, x, data.targets)[0], written_out(hooked, x, data.targets, 0.0)[0])
 
@@ -339,6 +343,26 @@ def test_token_logprobs_under_autocast() -> None:
     torch.testing.assert_close(near, exact, atol=0.2, rtol=0.05)
     assert x.grad is not None
     assert float((x.grad - exact_grad).norm() / exact_grad.norm()) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_token_logprobs_on_a_gpu() -> None:
+    model = decoder("phi")
+    data = batch(model)
+    x = model.hidden_states(data.ids).detach()
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf, head = x.to(device).requires_grad_(), LowRankLinear(decoder("phi").head).to(device)
+        with torch.no_grad():
+            for p in (head.down.weight, head.up.weight):
+                p.fill_(0.1)
+        logprobs = token_logprobs(leaf, head, data.targets.to(device), softcap=5.0, temperature=0.7)
+        logprobs.square().sum().backward()
+        assert leaf.grad is not None and head.up.weight.grad is not None
+        results.append([logprobs.detach().cpu(), leaf.grad.cpu(), head.up.weight.grad.cpu()])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=1e-4, rtol=1e-3)
 
 
 # ------------------------------------------------------------------ experts
