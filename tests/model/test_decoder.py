@@ -1,4 +1,4 @@
-"""Blocks, experts and the decoder around them."""
+"""Blocks, MoE, norms, initialisation and the decoder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOES = {
 
 
 def one_token(moe: m.Moe, x: torch.Tensor) -> torch.Tensor:
-    """A mixture of experts as its definition reads, for one token (dim,)."""
+    """MoE as its definition says, for one token (dim,)."""
     spec, e = moe.spec, moe.experts
     logits = moe.router(x)
     scores = logits.softmax(-1) if spec.score_func == "softmax" else logits.sigmoid()
@@ -98,7 +98,7 @@ def test_gradients_of_grouped_experts_equal_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("residual", ["pre", "post", "sandwich", "output", "parallel", "parallel_two"])
-def test_where_the_norms_go(residual: str) -> None:
+def test_norm_placement(residual: str) -> None:
     model = randomised(replace(BASE, n_layers=1, pattern=(replace(BASE.pattern[0], residual=residual),)))
     block = model.blocks[0]
     seen: dict[str, torch.Tensor] = {}
@@ -138,13 +138,13 @@ def test_a_tied_head_is_the_embedding() -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in Decoder(BASE).parameters()) - 61 * 32
 
 
-def test_learned_positions_have_an_end() -> None:
+def test_sequences_longer_than_the_position_table_are_refused() -> None:
     model = Decoder(replace(BASE, positions=Positions(16, offset=2)))
     with pytest.raises(OneblockError, match="20 tokens exceed the model's 16 position embeddings"):
         model(IDS)
 
 
-def test_sinusoidal_positions_tell_places_apart() -> None:
+def test_sinusoidal_positions_distinguish_equal_tokens() -> None:
     nope = replace(BASE, pattern=(replace(BASE.pattern[0], attn=Attention(4, 2, 8)),))
     same = torch.full((1, 12), 7)
     blind = randomised(nope)(same)
@@ -159,7 +159,7 @@ def test_cross_attention_is_skipped_without_an_image() -> None:
     image = torch.randn(1, 5, 32)
     plain, seeing = model(IDS), model(IDS, image=image)
     assert (plain - seeing).abs().max() > 0.1
-    assert (seeing - model(IDS, image=image.flip(1))).abs().max() < 1e-4  # a set of patches has no order
+    assert (seeing - model(IDS, image=image.flip(1))).abs().max() < 1e-4  # image tokens have no order
     with torch.no_grad():
         model.blocks[1].attn_gate.zero_()
         model.blocks[1].mlp_gate.zero_()
@@ -170,7 +170,9 @@ def test_cross_attention_is_skipped_without_an_image() -> None:
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("scale_in_fp32", [False, True])
-def test_norms_compute_in_fp32_and_cast_where_they_say(kind: Literal["rms", "layer"], scale_in_fp32: bool) -> None:
+def test_norms_compute_in_fp32_and_scale_in_the_stated_dtype(
+    kind: Literal["rms", "layer"], scale_in_fp32: bool
+) -> None:
     from oneblock.model.norm import Norm as Module
 
     norm = Module(Norm(kind, 1e-6, kind == "layer", 1.0, scale_in_fp32), 64)
@@ -188,7 +190,7 @@ def test_norms_compute_in_fp32_and_cast_where_they_say(kind: Literal["rms", "lay
         torch.testing.assert_close(norm(x).float(), h * w.bfloat16().float(), atol=0.05, rtol=0.02)
 
 
-def test_first_weights_depend_on_the_seed_alone() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     spec = replace(BASE, pattern=(replace(BASE.pattern[0], mlp=MOES["gpt-oss"]),), norm=Norm(weight_offset=1.0))
     one, same, other = Decoder(spec), Decoder(spec), Decoder(spec)
     for model, seed in ((one, 1), (same, 1), (other, 2)):

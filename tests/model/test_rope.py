@@ -1,4 +1,4 @@
-"""Rotary frequencies against transformers' own, and the sinusoids of the first Transformer."""
+"""RoPE frequencies against transformers, and the sinusoidal embeddings of the first Transformer."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_llama3_with_a_step_instead_of_a_ramp() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [None, 8])
-def test_a_rotation_turns_pairs_and_leaves_the_rest(interleaved: bool, dim: int | None) -> None:
-    """Products of a query and a key depend on their distance alone; lengths are kept; later dimensions stay."""
+def test_rope_rotates_pairs_and_keeps_other_dimensions(interleaved: bool, dim: int | None) -> None:
+    """q @ k depends only on their distance, norms stay, and dimensions beyond R stay."""
     rope = Rope(dim=dim, interleaved=interleaved)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
