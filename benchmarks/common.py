@@ -131,13 +131,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
     Fewer than six values allow no such interval: their range is given.
     """
-    ordered, n = sorted(values), len(values)
+    ranked, n = sorted(values), len(values)
     tail, rank = 0.0, 0
     while rank < n // 2 and tail + math.comb(n, rank) / 2**n <= 0.025:
         tail += math.comb(n, rank) / 2**n
         rank += 1
     low = max(rank - 1, 0)
-    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+    return statistics.median(ranked), ranked[low], ranked[n - 1 - low]
 
 
 def measure_pairs(

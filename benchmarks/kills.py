@@ -90,8 +90,8 @@ def killed_runs(count: int, ranks: int, folder: Path, draw: random.Random) -> in
     """Count runs that, killed once at a random step and resumed, equal the uninterrupted run."""
     text = folder / "text.txt"
     text.write_text("".join(f"{i} times {i % 7} is {i * (i % 7)}.\n" for i in range(400)))
-    alone, right = folder / f"alone{ranks}", 0
-    run_to_end(["--data", str(text), "--out", str(alone), *RUN], ranks)
+    reference, right = folder / f"reference{ranks}", 0
+    run_to_end(["--data", str(text), "--out", str(reference), *RUN], ranks)
     for i in range(count):
         run, at = folder / f"run{ranks}-{i}", draw.randrange(10, 199)
         processes = start_ranks(["--data", str(text), "--out", str(run), *RUN], ranks)
@@ -101,7 +101,7 @@ def killed_runs(count: int, ranks: int, folder: Path, draw: random.Random) -> in
             process.send_signal(signal.SIGKILL)
             process.wait()
         run_to_end(["--resume", str(run)], ranks)
-        right += series(run) == series(alone) and final_checksums(run) == final_checksums(alone)
+        right += series(run) == series(reference) and final_checksums(run) == final_checksums(reference)
         shutil.rmtree(run)
     return right
 

@@ -42,8 +42,8 @@ def is_method(function: Function) -> bool:
 
 
 def is_builder(path: Path, function: Function) -> bool:
-    """A family's builder: its keywords are every field a model of the family can vary, so there are many."""
-    return path.parent.name == "families" and not function.args.args and bool(function.args.kwonlyargs)
+    """Whether it is a family's builder: its arguments are every field that a model of the family can vary."""
+    return path.parent.name == "families" and any("family" in ast.unparse(d) for d in function.decorator_list)
 
 
 # ------------------------------------------------------------------ size

@@ -140,28 +140,24 @@ class Decoder(nn.Module):
                 cache.begin_image(image)
             cache.begin(positions)
         features = None if image is None else image.expand(ids.shape[0], -1, -1)
-        ctx = ForwardContext(
-            positions,
-            default,
-            start,
-            cache,
-            features,
-            documents,
-            dropout or Dropout(),
-            self.attention_backend,
-            batch=ids.shape[0],
-        )
+        shared = (positions, default, start, cache, features, documents, dropout or Dropout(), self.attention_backend)
+        ctx = ForwardContext(*shared, batch=ids.shape[0])
         x = apply_dropout(self.embed_tokens(ids, positions), ctx.dropout.embed)
-        for layer, block in enumerate(self.blocks):
-            if self.spec.layers[layer].attn.cross and image is None and ctx.image_kv(layer) is None:
-                continue
-            is_last = layer == len(self.blocks) - 1
-            if is_last and cache is not None and logits_to_keep is not None and logits_to_keep < x.shape[1]:
-                ctx = replace(ctx, logits_to_keep=logits_to_keep)
-            x = block(x, ctx, layer)
+        x = self._run_blocks(x, ctx, logits_to_keep)
         if cache is not None:
             cache.end()
         return self.norm(x if logits_to_keep is None else x[:, -logits_to_keep:])
+
+    def _run_blocks(self, x: Tensor, ctx: ForwardContext, logits_to_keep: int | None) -> Tensor:
+        """All blocks in order; cross-attention is skipped without an image."""
+        for layer, block in enumerate(self.blocks):
+            if self.spec.layers[layer].attn.cross and ctx.image is None and ctx.image_kv(layer) is None:
+                continue
+            is_last = layer == len(self.blocks) - 1
+            if is_last and ctx.cache is not None and logits_to_keep is not None and logits_to_keep < x.shape[1]:
+                ctx = replace(ctx, logits_to_keep=logits_to_keep)
+            x = block(x, ctx, layer)
+        return x
 
     @property
     def has_cross_attention(self) -> bool:
