@@ -147,7 +147,7 @@ class Reader:
         self._build_request(dict(self.defaults))  # bad defaults are refused here, not in every line
 
     def read(self, path: Path) -> list[Job]:
-        """All jobs. OneblockError with the number of the first line that is no job at all."""
+        """Parse every line into a job; OneblockError names the first line that is malformed."""
         jobs: dict[Id, Job] = {}
         for n, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():

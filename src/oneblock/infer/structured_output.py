@@ -239,7 +239,7 @@ class Ending(IntEnum):
     """How a token ends a reply by its grammar."""
 
     NONE = 0
-    BEFORE_TOKEN = 1  # the token is no part of the text, like an end-of-text token
+    BEFORE_TOKEN = 1  # the token is not part of the text, like an end-of-text token
     AFTER_TOKEN = 2  # no token can follow
 
 

@@ -1,4 +1,4 @@
-"""What the layers share in one forward pass: positions, RoPE tables, masks, the KV cache, the attention backend.
+"""State shared by all layers in one forward pass: positions, RoPE tables, masks, the KV cache, the attention backend.
 
 Shapes: B sequences (1 where all agree), T new tokens each, N = B * T, S keys, H heads, K KV heads, D head dimensions.
 """

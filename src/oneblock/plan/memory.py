@@ -84,7 +84,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes to train. The backward pass frees activations while it allocates gradients, so peak memory is no sum."""
+    """Bytes to train. Backward frees activations while it allocates gradients, so peak memory is below the sum."""
 
     weights: int
     gradients: int
